@@ -1,0 +1,17 @@
+"""Progressive Thought Encoding (arXiv 2602.16839) as a PEFT method. Importing this package registers it with PEFT."""
+
+from .registration import ensure_peft_type, register
+
+ensure_peft_type()  # before the configuration, whose peft_type it is
+
+from .cache import PTECache  # noqa: E402  (the enum member must exist first)
+from .config import PTEConfig  # noqa: E402
+from .encoder import ThoughtEncoder  # noqa: E402
+from .layer import Linear, PTELayer  # noqa: E402
+from .model import PTEModel  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = ["Linear", "PTECache", "PTEConfig", "PTELayer", "PTEModel", "ThoughtEncoder"]
+
+register(PTEConfig, PTEModel)

@@ -1,0 +1,456 @@
+"""`PTECache`: the bounded KV cache, [retained prefix | retained thoughts], and everything a sequence carries.
+
+All runtime state of a generation lives here, so that two generations on one model do not notice each other.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from .config import CachePolicy
+from .encoder import Evicted, ThoughtEncoder
+from .rotary import KeyPositions
+from .schedule import Schedule
+
+
+class SlotBuffer:
+    """A tensor [B, H, slots, D] that grows by appending and shrinks by evicting, in place where autograd allows.
+
+    The storage grows in steps up to `limit` slots (prefix + window) and then stays, so that memory is constant.
+    """
+
+    GROWTH = 256
+
+    def __init__(self) -> None:
+        self.data: torch.Tensor | None = None
+        self.length = 0
+
+    @property
+    def view(self) -> torch.Tensor:
+        """The slots in use, [B, H, length, D]."""
+        return self.data.narrow(-2, 0, self.length)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.data is None else self.data.numel() * self.data.element_size()
+
+    def _must_copy(self, *new: torch.Tensor) -> bool:
+        # Autograd keeps references to what was returned, and inference tensors cannot be written to outside of
+        # inference mode: both need new storage instead of a write.
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.data, *new))
+        return tracked or (self.data.is_inference() and not torch.is_inference_mode_enabled())
+
+    def append(self, new: torch.Tensor, limit: int) -> torch.Tensor:
+        """Append `new` [B, H, q, D]; returns all slots in use."""
+        length = self.length + new.shape[-2]
+        if self.data is None:
+            self.data = new.new_empty((*new.shape[:-2], 0, new.shape[-1]))
+        if self._must_copy(new):
+            self.data = torch.cat([self.view, new], dim=-2)
+        else:
+            if length > self.data.shape[-2]:
+                capacity = max(length, min(length + self.GROWTH, limit))
+                grown = new.new_empty((*new.shape[:-2], capacity, new.shape[-1]))
+                grown[..., : self.length, :] = self.view
+                self.data = grown
+            self.data[..., self.length : length, :] = new
+        self.length = length
+        return self.view
+
+    def take(self, start: int, count: int) -> torch.Tensor:
+        """Remove and return `count` slots from `start` on; later slots move up."""
+        taken = self.view.narrow(-2, start, count).clone()
+        rest = self.view.narrow(-2, start + count, self.length - start - count)
+        if self._must_copy():
+            self.data = torch.cat([self.view.narrow(-2, 0, start), rest], dim=-2)
+        else:
+            self.data[..., start : self.length - count, :] = rest.clone()
+        self.length -= count
+        return taken
+
+    def take_rows(self, taken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """The same with a slot index for each row: `taken` [B, m] leave, `kept` [B, length'] stay, in this order."""
+        gone, rest = self.gather(taken), self.gather(kept)
+        if self._must_copy():
+            self.data = rest
+        else:
+            self.data[..., : rest.shape[-2], :] = rest
+        self.length = kept.shape[1]
+        return gone
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Slots by row, `index` [B, m] -> [B, H, m, D]."""
+        index = index.to(self.data.device)[:, None, :, None]
+        return self.view.gather(-2, index.expand(-1, self.data.shape[1], -1, self.data.shape[-1]))
+
+    def select(self, index: torch.Tensor) -> None:
+        """Select rows of the batch."""
+        if self.data is not None:
+            self.data = self.data.index_select(0, index.to(self.data.device))
+
+
+class PTECacheLayer(CacheLayerMixin):
+    """One layer's share: keys, values, and by adapter the core and the state read from it."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key_slots, self.value_slots = SlotBuffer(), SlotBuffer()
+        self.limit = 0
+        self.cumulative_length = 0
+        self.evicted: Evicted | None = None  # has left, but is not encoded yet
+        self.cores: dict[str, torch.Tensor] = {}
+        self.states: dict[str, torch.Tensor] = {}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store keys and values [B, H_kv, q, head_dim]; returns all that is stored."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self.key_slots.append(key_states, self.limit)
+        self.values = self.value_slots.append(value_states, self.limit)
+        self.cumulative_length += key_states.shape[-2]
+        return self.keys, self.values
+
+    def states_for(self, encoder: ThoughtEncoder, attention: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
+        """The states to use in this step. What was evicted before the step is encoded first.
+
+        Called inside the attention module's forward, where FSDP and ZeRO-3 have the parameters gathered.
+        """
+        names = encoder.live_adapters
+        if self.evicted is not None or torch.is_grad_enabled() or any(name not in self.states for name in names):
+            self.cores, self.states = encoder.advance(self.cores, attention, self.evicted, batch_size)
+            self.evicted = None
+        return self.states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones included: positions and `generate` count with it."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.key_slots.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            refuse_rollback()
+
+    def activate_past_recording(self) -> None:
+        refuse_rollback()
+
+    def offload(self) -> NoReturn:
+        raise ValueError(
+            "PTECache cannot be offloaded: it is small and constant in size; use it on the model's device."
+        )
+
+    def reset(self) -> None:
+        self.__init__()
+
+    def select(self, index: torch.Tensor) -> None:
+        """Select rows of the batch, in keys, values, cores and states alike."""
+        if not self.is_initialized:
+            return
+        self.key_slots.select(index)
+        self.value_slots.select(index)
+        self.keys, self.values = self.key_slots.view, self.value_slots.view
+        for by_adapter in (self.cores, self.states):
+            for name, tensor in by_adapter.items():
+                by_adapter[name] = tensor.index_select(0, index.to(tensor.device))
+
+    @property
+    def nbytes(self) -> int:
+        held = [*self.cores.values(), *self.states.values()]
+        return self.key_slots.nbytes + self.value_slots.nbytes + sum(t.numel() * t.element_size() for t in held)
+
+
+def refuse_rollback() -> NoReturn:
+    raise ValueError(
+        "PTECache cannot be rolled back: evicted thoughts are gone and their encoding cannot be undone. Assisted, "
+        "speculative and prompt-lookup decoding need a rollback; generate without `assistant_model`, "
+        "`prompt_lookup_num_tokens` and the like."
+    )
+
+
+class PTECache(DynamicCache):
+    """A KV cache of constant size for PTE: the prompt (or a prefix of it) and the latest thoughts.
+
+    `PTECache()` is empty and knows no policy; the first forward of a PTE model with it binds it to the active
+    adapters. `generate` makes one by itself. Pass your own to look at it afterwards, or to continue from it:
+
+    ```py
+    cache = PTECache()
+    model.generate(**inputs, past_key_values=cache)
+    cache.nbytes, cache.num_evicted, cache.state_norms()
+    ```
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.policy: CachePolicy | None = None
+        self.adapters: tuple[str, ...] = ()
+        self.schedule: Schedule | None = None  # known when the prompt is complete, for window_size="prompt"
+        self.prompt_length: int | None = None
+        self.positions = SlotBuffer()  # [B, 1, slots, 1], absolute position of every stored token
+        # Per row: empty slots in front, length of the retained prefix, thoughts evicted. Rows differ only for an
+        # integer `retained_prefix` with left padding, where the first tokens stand in different columns.
+        self.lead: list[int] = []
+        self.prefix: list[int] = []
+        self.evicted: list[int] = []
+        self.padding: list[int] = []
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache) -> PTECache:
+        """Turn the caller's own, still empty `DynamicCache` into a `PTECache` in place.
+
+        In place, because a decoding loop that holds the cache would otherwise go on with an empty one.
+
+        Raises:
+            ValueError: the cache is of another kind, or not empty.
+        """
+        if isinstance(cache, cls):
+            return cache
+        plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+        if not plain or getattr(cache, "offloading", False):
+            raise ValueError(
+                f"`past_key_values` is a {type(cache).__name__}"
+                f"{' with offloading' if getattr(cache, 'offloading', False) else ''}, but PTE keeps its thoughts in "
+                "a PTECache. Pass `PTECache()`, an empty `DynamicCache()` or nothing: static, offloaded and quantised "
+                "caches are not supported."
+            )
+        if cache.get_seq_length():
+            raise ValueError(
+                f"`past_key_values` is a DynamicCache that already holds {cache.get_seq_length()} tokens, which were "
+                "computed without PTE. Start from an empty cache, or from one that this PTE model returned."
+            )
+        cache.__class__ = cls
+        cache._clear()
+        return cache
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a PTE model has used this cache."""
+        return self.policy is not None
+
+    def bind(self, policy: CachePolicy, adapters: tuple[str, ...], num_layers: int, batch_size: int) -> None:
+        """Fix policy and adapters at first use; later, check that they are still the same."""
+        if not self.is_bound:
+            self.policy, self.adapters = policy, adapters
+            self.layer_class_to_replicate = None
+            self.layers = [PTECacheLayer() for _ in range(num_layers)]
+            self.lead, self.prefix = [0] * batch_size, [0] * batch_size
+            self.evicted, self.padding = [0] * batch_size, [0] * batch_size
+        if (self.policy, self.adapters) != (policy, adapters):
+            raise ValueError(
+                f"`past_key_values` was filled with adapter(s) {list(self.adapters)} active and the cache policy "
+                f"{self.policy}, but now {list(adapters)} with {policy} are. A cache cannot change hands: start a new one."
+            )
+        if len(self.lead) != batch_size:
+            raise ValueError(
+                f"`past_key_values` holds {len(self.lead)} rows, but the input has {batch_size}. Use "
+                "`batch_repeat_interleave` or `batch_select_indices` to change the number of rows."
+            )
+
+    def begin_prompt(self, mask: torch.Tensor | None, new_length: int, prompt_length: int | None) -> None:
+        """Tell the cache, before its first tokens and while the prompt comes in, where prompt and prefix end.
+
+        Args:
+            mask: [B, seen + new_length], 0 on padding, or None.
+            new_length: number of tokens that this call brings.
+            prompt_length: columns of the whole prompt if known; else the first call brings the whole prompt.
+        """
+        seen = self.get_seq_length()
+        if self.prompt_length is None:
+            self.prompt_length = seen + new_length if prompt_length is None else prompt_length
+        if self.policy.retained_prefix == "prompt":
+            self.prefix = [self.prompt_length] * len(self.prefix)
+        else:
+            self.prefix = [self.policy.retained_prefix] * len(self.prefix)
+            waiting = [row for row, padding in enumerate(self.padding) if padding == seen]  # no token so far
+            if waiting and mask is not None:
+                leading = (mask[:, seen:].cumsum(-1) == 0).sum(-1).tolist()
+                for row in waiting:
+                    self.lead[row] += leading[row]
+                    self.padding[row] += leading[row]
+        if self.schedule is None and seen + new_length >= self.prompt_length:
+            window = self.policy.window_size
+            if window == "prompt":
+                window = self.prompt_length
+                if mask is not None:
+                    window = int(mask[:, : self.prompt_length].sum(-1).max())
+            self.schedule = Schedule.create(max(window, 1), self.policy.eviction_ratio)
+        elif self.schedule is None and self.policy.window_size != "prompt":
+            self.schedule = Schedule.create(self.policy.window_size, self.policy.eviction_ratio)
+
+    @property
+    def stored_length(self) -> int:
+        """Number of slots in use."""
+        return self.positions.length
+
+    @property
+    def _in_lockstep(self) -> bool:
+        return len({*zip(self.lead, self.prefix)}) == 1
+
+    def _num_thoughts(self, row: int) -> int:
+        return self.stored_length - self.lead[row] - self.prefix[row]
+
+    def room(self) -> int:
+        """How many tokens all rows can take before one of them must evict; only after `evict`."""
+        if self.schedule is None:  # in the prompt, with window_size="prompt": nothing to evict yet
+            return self.prompt_length - self.get_seq_length()
+        return min(self.schedule.room(self._num_thoughts(row)) for row in range(len(self.lead)))
+
+    def evict(self, mask: torch.Tensor | None, rotary_emb: nn.Module) -> None:
+        """Let the oldest thoughts of all rows that are full leave; the layers encode them in the coming step."""
+        if self.schedule is None:
+            return
+        full = [self.schedule.is_full(self._num_thoughts(row)) for row in range(len(self.lead))]
+        if not any(full):
+            return
+        n = self.schedule.num_evicted
+        if self._in_lockstep:
+            start = self.lead[0] + self.prefix[0]
+            column = self.padding[0] + self.prefix[0] + self.evicted[0]
+            valid = None if mask is None else mask[:, column : column + n].bool()
+            valid = None if valid is None or bool(valid.all()) else valid
+            positions = KeyPositions(rotary_emb, self.positions.take(start, n)[:, 0, :, 0])
+            for layer in self.layers:
+                gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
+                layer.evicted = Evicted(*gone, positions, valid)
+            self.evicted = [evicted + n for evicted in self.evicted]
+            return
+        # Rows are full at different times. A row that evicts moves its prefix up and gets empty slots in front; slots
+        # that are empty in all rows are given back.
+        taken, kept, lead = [], [], []
+        for row, is_full in enumerate(full):
+            first = self.lead[row] + self.prefix[row]
+            slots = list(range(self.stored_length))
+            taken.append(slots[first : first + n] if is_full else [0] * n)
+            kept.append([0] * n + slots[:first] + slots[first + n :] if is_full else slots)
+            lead.append(self.lead[row] + n * is_full)
+        column_mask = self.compact_mask(mask, 0)
+        drop = min(lead)
+        taken_index, kept_index = torch.tensor(taken), torch.tensor(kept)[:, drop:]
+        valid = torch.tensor(full)[:, None].expand(-1, n).to(column_mask.device)
+        valid = valid & column_mask.bool().gather(1, taken_index.to(column_mask.device))
+        positions = KeyPositions(rotary_emb, self.positions.take_rows(taken_index, kept_index)[:, 0, :, 0])
+        for layer in self.layers:
+            gone = (slots.take_rows(taken_index, kept_index) for slots in (layer.key_slots, layer.value_slots))
+            layer.evicted = Evicted(*gone, positions, valid)
+        self.lead = [length - drop for length in lead]
+        self.evicted = [evicted + n * is_full for evicted, is_full in zip(self.evicted, full)]
+
+    def compact_mask(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor | None:
+        """[B, seen + new_length] -> [B, stored + new_length]: the caller's mask without the columns of evicted tokens."""
+        if mask is None and not any(self.lead):
+            return None
+        seen, end = self.get_seq_length(), self.get_seq_length() + new_length
+        if mask is None or mask.shape[1] < end:
+            raise ValueError(
+                f"`attention_mask` {'is missing' if mask is None else f'covers {mask.shape[1]} columns'}, but the cache "
+                f"has seen {seen} columns with padding and the input brings {new_length}: pass the mask of all "
+                f"{end} columns, evicted tokens included."
+            )
+        if len(set(self.padding)) == 1:
+            border = self.padding[0] + self.prefix[0]
+            return torch.cat([mask[:, : min(border, end)], mask[:, border + self.evicted[0] : end]], dim=1)
+        columns, empty = [], []
+        for row, (lead, prefix, padding) in enumerate(zip(self.lead, self.prefix, self.padding)):
+            lead = min(lead, self.stored_length + new_length)  # the row's padding may still be coming in
+            thoughts = range(padding + prefix + self.evicted[row], end)
+            columns.append([0] * lead + list(range(padding, min(padding + prefix, end))) + list(thoughts))
+            empty.append([True] * lead + [False] * (len(columns[-1]) - lead))
+        index = torch.tensor(columns, device=mask.device)
+        return mask.gather(1, index).masked_fill(torch.tensor(empty, device=mask.device), 0)
+
+    def begin_step(self, positions: torch.Tensor) -> None:
+        """Note the absolute positions [B, q] of the tokens that the layers are about to store."""
+        limit = (self.schedule.window + max(map(sum, zip(self.lead, self.prefix)))) if self.schedule else 0
+        for layer in self.layers:
+            layer.limit = limit
+        self.positions.append(positions[:, None, :, None], limit)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where queries stand among the stored slots; the causal mask is made in this compact index space."""
+        if not self.is_bound:
+            return super().get_query_offset(layer_idx)
+        return self.layers[layer_idx].key_slots.length
+
+    @property
+    def num_evicted(self) -> list[int]:
+        """Thoughts evicted so far, for each row."""
+        return list(self.evicted)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys, values, positions and states; constant from the first eviction on."""
+        if not self.is_bound:
+            return 0
+        return self.positions.nbytes + sum(layer.nbytes for layer in self.layers)
+
+    def state_norms(self) -> dict[str, torch.Tensor]:
+        """Frobenius norm of the state that each layer uses, by adapter: [layers, B], NaN for layers without adapter."""
+        norms = {}
+        for name in self.adapters:
+            nan = torch.full((len(self.lead),), float("nan"))
+            per_layer = [layer.states.get(name) for layer in self.layers]
+            norms[name] = torch.stack(
+                [nan if s is None else torch.linalg.matrix_norm(s).detach().float().cpu() for s in per_layer]
+            )
+        return norms
+
+    def _select_rows(self, index: torch.Tensor) -> None:
+        for layer in self.layers:
+            layer.select(index)
+        self.positions.select(index)
+        rows = index.tolist()
+        for name in ("lead", "prefix", "evicted", "padding"):
+            values = getattr(self, name)
+            setattr(self, name, [values[row] for row in rows])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows, for beam search."""
+        if not self.is_bound:
+            return super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, to sample several continuations of one prefill."""
+        if not self.is_bound:
+            return super().batch_repeat_interleave(repeats)
+        self._select_rows(torch.arange(len(self.lead)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only some rows, by index or boolean mask."""
+        if not self.is_bound:
+            return super().batch_select_indices(indices)
+        self._select_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def reset(self) -> None:
+        """Empty the cache and forget the policy; the next use binds it again."""
+        self.__init__()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: see `refuse_rollback`."""
+        if tokens_to_remove:
+            refuse_rollback()
+
+    def activate_past_recording(self) -> None:
+        """Refused: see `refuse_rollback`."""
+        refuse_rollback()

@@ -1,0 +1,235 @@
+"""`PTEConfig`: every choice of the method, validated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Optional, Union
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+
+class CachePolicy(NamedTuple):
+    """The part of a configuration that decides what is in the KV cache; adapters active together must agree on it."""
+
+    window_size: Union[int, str]
+    eviction_ratio: float
+    eviction_policy: str
+    retained_prefix: Union[int, str]
+    gradient: str
+
+
+@dataclass
+class PTEConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of a [`PTEModel`].
+
+    Progressive Thought Encoding (https://arxiv.org/abs/2602.16839) trains and decodes under a KV cache of fixed size.
+    Thoughts that leave the cache are encoded into a state `S` per sequence and attention layer, which acts as a
+    dynamic low-rank weight update: `y = W x + scaling * A S B x`.
+
+    Args:
+        r (`int`):
+            Rank: `A` is `[out, r]`, `S` is `[r, r]`, `B` is `[r, in]`. The state holds about `r` independent facts a
+            layer, so choose it by what must be remembered; 32 is the paper's value.
+        num_global_tokens (`int`):
+            Number G of learned tokens that make the initial state `S_0` (Eq. 6). With 0 there is no initial state and
+            the adapter acts only after the first eviction. 64 was worse than 32 in the paper.
+        pte_alpha (`float`):
+            The update is scaled by `pte_alpha / r`, as in LoRA.
+        pte_dropout (`float`):
+            Dropout on the input of `B`. It is active in rollouts too if the model is in train mode.
+        window_size (`int` or `"prompt"`):
+            Number C of evictable thought tokens that stay in the cache; the retained prefix is kept beside them.
+            `"prompt"` takes the length of the longest prompt of the batch, as the paper does in training. Note that
+            it makes a row depend on the batch it is in.
+        eviction_ratio (`float`):
+            Share of the window that leaves at once: `max(1, floor(C * eviction_ratio))` thoughts. 0.25 is the paper's
+            value. Smaller values keep more context at the price of more frequent, shorter steps in training.
+        eviction_policy (`str`):
+            Which thoughts leave. `"sliding_window"`: the oldest.
+        retained_prefix (`"prompt"` or `int`):
+            `"prompt"`: the prompt is never evicted. An integer k: only the first k tokens of a row are kept for ever
+            and the rest of the prompt streams through the window as thoughts do, for prompts longer than memory allows.
+        state_update (`"delta"`, `"sum"` or `"none"`):
+            How evicted keys and values enter the state. `"sum"` is the paper's rule (Eq. 3 and 4); `"delta"` corrects
+            what is stored under a key instead of adding to it, and goes beyond the paper; `"none"` never writes, so
+            that only the global tokens act (an ablation).
+        state_norm (`"read"`, `"write"`, `"none"` or `None`):
+            When the state is normalised. `"write"`: after every write (Eq. 4 to the letter; sum only). `"read"`: the
+            raw sum is kept and normalised when it is used. `None` takes `"none"` for delta and `"read"` otherwise.
+        state_norm_type (`"row"` or `"frobenius"`):
+            Rows of unit L2 norm, or unit root-mean-square row norm over the whole matrix.
+        encode_keys (`"pre_rope"`, `"chunk"` or `"post_rope"`):
+            Keys are encoded with their rotary position taken out, relative to the first token of the evicted chunk, or
+            as they are in the cache.
+        gradient (`"full"` or `"truncated"`):
+            `"full"`: exact gradients. `"truncated"`: cached keys and values are constants at segment borders; the
+            chain of states keeps its gradient.
+        target_modules (`Union[list[str], str]`, *optional*):
+            The attention projections to adapt. By default all of them (q, k, v, o or the fused ones).
+        exclude_modules (`Union[list[str], str]`, *optional*):
+            Modules not to adapt, as in PEFT.
+        layers_to_transform (`Union[list[int], int]`, *optional*):
+            Layer indices to adapt. Layers without an adapter evict too, but do not encode.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            Name of the layer list, for `layers_to_transform`.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train and save in full.
+        trainable_token_indices (`Union[list[int], dict[str, list[int]]]`, *optional*):
+            Embedding rows to train, as in PEFT.
+        init_weights (`bool`):
+            `True`: `A` starts at zero, so that the adapted model starts as the base model with a bounded cache.
+            `False`: random `A`, for tests.
+
+    Example:
+
+    ```py
+    >>> from transformers import AutoModelForCausalLM
+    >>> from peft import get_peft_model
+    >>> from peft_pte import PTEConfig
+
+    >>> base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-3B-Instruct")
+    >>> model = get_peft_model(base, PTEConfig(task_type="CAUSAL_LM", window_size=1024))
+    ```
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank: the state is [r, r]."})
+    num_global_tokens: int = field(
+        default=32, metadata={"help": "Number of learned tokens that make the initial state; 0 means S_0 = 0."}
+    )
+    pte_alpha: float = field(default=32, metadata={"help": "The update is scaled by pte_alpha / r."})
+    pte_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of B."})
+    window_size: Union[int, Literal["prompt"]] = field(
+        default=1024,
+        metadata={"help": "Evictable thought tokens kept in the cache, or 'prompt': the longest prompt's length."},
+    )
+    eviction_ratio: float = field(default=0.25, metadata={"help": "Share of the window that is evicted at once."})
+    eviction_policy: Literal["sliding_window"] = field(
+        default="sliding_window", metadata={"help": "Which thoughts leave the cache: the oldest."}
+    )
+    retained_prefix: Union[int, Literal["prompt"]] = field(
+        default="prompt",
+        metadata={"help": "'prompt': the prompt is never evicted; int k: only the first k tokens are kept for ever."},
+    )
+    state_update: Literal["delta", "sum", "none"] = field(
+        default="delta", metadata={"help": "How evicted thoughts enter the state; 'sum' is the paper's rule."}
+    )
+    state_norm: Optional[Literal["read", "write", "none"]] = field(
+        default=None, metadata={"help": "When the state is normalised. Default: 'none' for delta, else 'read'."}
+    )
+    state_norm_type: Literal["row", "frobenius"] = field(
+        default="row", metadata={"help": "Unit rows, or the whole matrix scaled to unit root-mean-square row norm."}
+    )
+    encode_keys: Literal["pre_rope", "chunk", "post_rope"] = field(
+        default="pre_rope", metadata={"help": "Which positions the encoded keys carry."}
+    )
+    gradient: Literal["full", "truncated"] = field(
+        default="full", metadata={"help": "'truncated' holds cached keys and values constant at segment borders."}
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Attention projections to adapt. Default: all of them."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Modules to exclude from adaptation."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Layer indices to adapt. Default: all."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the layer list, used with layers_to_transform."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules apart from the adapter to be trained and saved in full."}
+    )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None, metadata={"help": "Token indices whose embeddings are trained."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start as the base model (A = 0). False: random A, for tests."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PTE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.state_norm is None:
+            self.state_norm = "none" if self.state_update == "delta" else "read"
+        self._validate()
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> PTEConfig:
+        """The rule and the settings of the paper to the letter (Eq. 3 to 6); keyword arguments override single fields."""
+        settings: dict[str, Any] = dict(
+            r=32,
+            num_global_tokens=32,
+            state_update="sum",
+            state_norm="write",
+            window_size="prompt",
+            eviction_ratio=0.25,
+            retained_prefix="prompt",
+        )
+        return cls(**(settings | overrides))
+
+    @property
+    def cache_policy(self) -> CachePolicy:
+        """What decides the content of the cache and the path of gradients through it."""
+        return CachePolicy(
+            self.window_size, self.eviction_ratio, self.eviction_policy, self.retained_prefix, self.gradient
+        )
+
+    def _validate(self) -> None:
+        def refuse(name: str, advice: str) -> None:
+            raise ValueError(f"PTEConfig: `{name}` is {getattr(self, name)!r}, but {advice}")
+
+        def is_int(name: str, minimum: int) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+        def is_number(name: str) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+        choices = {
+            "state_update": ("delta", "sum", "none"),
+            "state_norm": ("read", "write", "none"),
+            "state_norm_type": ("row", "frobenius"),
+            "encode_keys": ("pre_rope", "chunk", "post_rope"),
+            "gradient": ("full", "truncated"),
+            "eviction_policy": ("sliding_window",),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                refuse(name, f"must be one of {', '.join(map(repr, allowed))}.")
+        if not is_int("r", 1):
+            refuse("r", "must be a positive integer.")
+        if not is_int("num_global_tokens", 0):
+            refuse("num_global_tokens", "must be an integer >= 0.")
+        if not is_number("pte_alpha") or not self.pte_alpha > 0:
+            refuse("pte_alpha", "must be a positive number.")
+        if not is_number("pte_dropout") or not 0 <= self.pte_dropout < 1:
+            refuse("pte_dropout", "must be in [0, 1).")
+        if self.window_size != "prompt" and not is_int("window_size", 1):
+            refuse("window_size", "must be a positive integer or 'prompt'.")
+        if not is_number("eviction_ratio") or not 0 < self.eviction_ratio <= 1:
+            refuse("eviction_ratio", "must be in (0, 1].")
+        if self.retained_prefix != "prompt" and not is_int("retained_prefix", 0):
+            refuse("retained_prefix", "must be 'prompt' or an integer >= 0.")
+        if self.window_size == "prompt" and self.retained_prefix != "prompt":
+            refuse(
+                "window_size",
+                "that needs retained_prefix='prompt': with a prompt that streams through the window, give an integer.",
+            )
+        if self.state_norm == "write" and self.state_update != "sum":
+            refuse("state_norm", "only state_update='sum' is normalised on write; use 'read' or 'none'.")
+        if self.state_update == "none" and self.num_global_tokens == 0:
+            refuse("num_global_tokens", "with state_update='none' the state would always be zero: use 1 or more.")
+        if not isinstance(self.init_weights, bool):
+            refuse("init_weights", "must be True or False.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            refuse("layers_pattern", "has no effect without `layers_to_transform`: give both or neither.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            refuse("layers_to_transform", "cannot be combined with a regular expression in `target_modules`.")

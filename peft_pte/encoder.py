@@ -1,0 +1,180 @@
+"""The thought encoder of one attention layer: its parameters, and the state they make of evicted keys and values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import PTEConfig
+from .layer import PTELayer
+from .rotary import KeyPositions
+from .state import delta_update, initial_state, normalize_state, sum_update, unit_rows
+
+# Must not contain the prefix "pte_": PEFT's delete_adapter passes over modules whose name does.
+ENCODER_NAME = "thought_encoder"
+
+
+class Evicted(NamedTuple):
+    """What leaves one layer's cache at once: keys (after RoPE) and values [B, H_kv, m, head_dim].
+
+    `positions` knows where they stood; `valid` [B, m] is False for slots that hold no token, None if all do.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: KeyPositions
+    valid: torch.Tensor | None
+
+
+class StateRule(NamedTuple):
+    """How one adapter's state is made; see `PTEConfig`."""
+
+    r: int
+    num_global_tokens: int
+    update: str
+    norm: str
+    norm_type: str
+    encode_keys: str
+
+
+def state_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """States are float32, also in half-precision models, and float64 in float64 models."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class StateLinear(nn.Linear):
+    """A bias-free linear map computed in the state's precision whatever the dtype of weight and input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = state_dtype(x, self.weight)
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class TokenTable(nn.Embedding):
+    """Learned tokens in key/value space; a call returns the whole table [num_tokens, d_kv].
+
+    An embedding, called as a module, so that FSDP gathers its weight and PEFT and TRL find it by name.
+    """
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.to(state_dtype(self.weight))
+
+
+class ThoughtEncoder(nn.Module, PTELayer):
+    """Parameters (by adapter) and state arithmetic of one attention layer.
+
+    With d_kv = kv_heads * head_dim: `pte_query_tokens` q_g [r, d_kv], `pte_global_tokens` h [G, d_kv],
+    `pte_query`, `pte_key`, `pte_value`: W_Q, W_K, W_V [r, d_kv]. What is carried from eviction to eviction (the
+    "core") is an argument and a result, never an attribute.
+    """
+
+    adapter_layer_names = ("pte_query_tokens", "pte_global_tokens", "pte_query", "pte_key", "pte_value")
+    other_param_names = ("pte_rule",)
+
+    def __init__(self, anchor: nn.Module, adapter_name: str, d_kv: int):
+        super().__init__()
+        self._anchor = [anchor]  # in a list: a reference for device and dtype, not a child
+        self.d_kv = d_kv
+        self.pte_rule: dict[str, StateRule] = {}
+        for container in self.adapter_layer_names:
+            setattr(self, container, nn.ModuleDict({}))
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+
+    def get_base_layer(self) -> nn.Module:
+        """A sibling projection: PEFT asks it for device and dtype."""
+        return self._anchor[0]
+
+    def update_layer(self, adapter_name: str, config: PTEConfig) -> None:
+        """Add (or replace) the parameters of one adapter."""
+        r, d_kv, num_tokens = config.r, self.d_kv, config.num_global_tokens
+        self.pte_rule[adapter_name] = StateRule(
+            r, num_tokens, config.state_update, config.state_norm, config.state_norm_type, config.encode_keys
+        )
+        self.pte_query_tokens[adapter_name] = TokenTable(r, d_kv)
+        if num_tokens:
+            self.pte_global_tokens[adapter_name] = TokenTable(num_tokens, d_kv)
+        elif adapter_name in self.pte_global_tokens:
+            del self.pte_global_tokens[adapter_name]
+        for container in (self.pte_query, self.pte_key, self.pte_value):
+            container[adapter_name] = StateLinear(d_kv, r, bias=False)
+            nn.init.normal_(container[adapter_name].weight, std=d_kv**-0.5)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _query(self, name: str) -> torch.Tensor:
+        """Q = W_Q q_g, [r, r]; rows of unit norm for the delta rule, on whose scale its training stability hangs."""
+        query = self.pte_query[name](self.pte_query_tokens[name]())
+        return unit_rows(query) if self.pte_rule[name].update == "delta" else query
+
+    def _initial_state(self, name: str) -> torch.Tensor:
+        """S_0, [r, r] (Eq. 6), before any normalisation but that of the delta rule."""
+        rule = self.pte_rule[name]
+        if not rule.num_global_tokens:
+            weight = self.pte_key[name].weight
+            return torch.zeros(rule.r, rule.r, dtype=state_dtype(weight), device=weight.device)
+        tokens = self.pte_global_tokens[name]()
+        query = self.pte_query[name](self.pte_query_tokens[name]())
+        state = initial_state(query, self.pte_key[name](tokens), self.pte_value[name](tokens))
+        return unit_rows(state) if rule.update == "delta" else state
+
+    def start(self, name: str, batch_size: int) -> torch.Tensor:
+        """What an empty cache carries: M = 0, or the normalised S_0 where the state is normalised on write (Eq. 4)."""
+        rule = self.pte_rule[name]
+        if rule.norm == "write":
+            return normalize_state(self._initial_state(name), rule.norm_type).expand(batch_size, -1, -1)
+        weight = self.pte_key[name].weight
+        return torch.zeros(batch_size, rule.r, rule.r, dtype=state_dtype(weight), device=weight.device)
+
+    def write(self, name: str, core: torch.Tensor, attention: nn.Module, evicted: Evicted) -> torch.Tensor:
+        """Encode evicted keys and values into the core: [B, r, r] -> [B, r, r] (Eq. 3 and 4, or the delta rule)."""
+        rule = self.pte_rule[name]
+        if rule.update == "none":
+            return core
+        dtype = state_dtype(evicted.keys, core)
+        keys = evicted.positions.take_out(attention, evicted.keys.to(dtype), rule.encode_keys)
+        keys = self.pte_key[name](keys.transpose(1, 2).flatten(2))  # [B, m, r]
+        values = self.pte_value[name](evicted.values.transpose(1, 2).flatten(2))
+        if rule.update == "delta":
+            return delta_update(core, keys, values, evicted.valid)
+        if rule.norm == "write":
+            added = self._query(name) @ sum_update(torch.zeros_like(core), keys, values, evicted.valid)
+            written = normalize_state(core + added, rule.norm_type)
+            if evicted.valid is None:
+                return written
+            # A row that evicts nothing is not written at all.
+            return torch.where(evicted.valid.any(-1)[:, None, None], written, core)
+        return sum_update(core, keys, values, evicted.valid)
+
+    def read(self, name: str, core: torch.Tensor) -> torch.Tensor:
+        """The state S [B, r, r] that the projections use."""
+        rule = self.pte_rule[name]
+        if rule.norm == "write":
+            return core
+        state = self._initial_state(name)
+        state = state.expand_as(core) if rule.update == "none" else state + self._query(name) @ core
+        return normalize_state(state, rule.norm_type) if rule.norm == "read" else state
+
+    def advance(
+        self, cores: dict[str, torch.Tensor], attention: nn.Module, evicted: Evicted | None, batch_size: int
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Start or carry on the cores of the live adapters, and read the states: `(cores, states)` by adapter name."""
+        new_cores, states = {}, {}
+        with torch.autocast(self._anchor[0].weight.device.type, enabled=False):  # states are float32 under autocast too
+            for name in self.live_adapters:
+                core = cores[name] if name in cores else self.start(name, batch_size)
+                if evicted is not None:
+                    core = self.write(name, core, attention, evicted)
+                new_cores[name], states[name] = core, self.read(name, core)
+        return new_cores, states
+
+    def forward(self) -> None:
+        """Not used: the encoder is called through `advance` by the attention module's hooks."""
+        raise NotImplementedError("ThoughtEncoder has no forward; see `advance`.")
+
+    def __repr__(self) -> str:
+        return "pte." + super().__repr__()

@@ -1,0 +1,492 @@
+"""Where PTE meets the Hugging Face model: on the model itself, since several callers go around the tuner.
+
+(H1) forward hooks on the top model find the prompt border in `prompt_lengths`, `labels` or `logits_to_keep`;
+(H2) a wrapper of the decoder's forward adopts the cache, evicts, splits long inputs, and runs the replay;
+(H3) hooks on each attention module hand the state to its projections and take it back;
+(H4) a wrapper of `generate` refuses what cannot work and makes the prompt length known.
+
+Nothing is kept between calls except in the cache. The border travels from the top model to the decoder in a context
+variable, because callers such as fused loss heads call the decoder on their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .cache import PTECache, refuse_rollback
+from .config import CachePolicy, PTEConfig
+from .encoder import ENCODER_NAME, ThoughtEncoder
+from .layer import Linear
+from .replay import join_outputs, replay
+
+# (decoder, border [B]) while the top model's forward runs; (decoder, columns of the prompt) while `generate` runs.
+_border: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_border", default=None)
+_prompt: ContextVar[tuple[nn.Module, int] | None] = ContextVar("pte_prompt", default=None)
+
+UNKNOWN_BORDER = (
+    "PTE cannot tell where the prompt ends and the thoughts begin, and the input ({length} tokens) is longer than the "
+    "window (window_size={window!r}). Pass `prompt_lengths` ([batch], the column of each row at which its completion "
+    "begins) or `labels` (-100 on the prompt). If the whole input is a prompt, pass `use_cache=True` or wrap the call "
+    "in `torch.no_grad()` with the cache on."
+)
+
+
+class Attachment:
+    """What the hooks know about a model: its parts, and the configurations by adapter name.
+
+    A plain object on the top model and on the decoder (`pte_attachment`), so that its references are no submodules;
+    a deepcopy of the model takes a matching copy along.
+    """
+
+    def __init__(self, top: nn.Module, decoder: nn.Module):
+        self.top, self.decoder = top, decoder
+        self.configs: dict[str, PTEConfig] = {}
+        self.encoders: list[ThoughtEncoder] = []
+        self.handles: list[Any] = []
+
+    def active(self) -> tuple[CachePolicy | None, tuple[str, ...]]:
+        """The cache policy of the live adapters, None if PTE is off, and their names.
+
+        Raises:
+            ValueError: adapters with different policies are active together.
+        """
+        names = tuple(dict.fromkeys(name for encoder in self.encoders for name in encoder.live_adapters))
+        policies = {name: self.configs[name].cache_policy for name in names}
+        if len(set(policies.values())) > 1:
+            raise ValueError(
+                f"The active adapters want different caches, but there is one for all of them: {policies}. Activate "
+                "one at a time with `set_adapter`, or give them the same window_size, eviction_ratio, retained_prefix "
+                "and gradient."
+            )
+        return (policies[names[0]] if names else None), names
+
+    def trains(self) -> bool:
+        """Whether this call builds a graph for the adapter's parameters."""
+        return torch.is_grad_enabled() and any(p.requires_grad for e in self.encoders for p in e.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ H1: the prompt border
+
+
+def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of the top model: take `prompt_lengths` out of the call and note the border."""
+    attachment = top.pte_attachment
+    prompt_lengths = kwargs.pop("prompt_lengths", None)
+    border = None
+    if attachment.active()[0] is not None:
+        call = {**dict(zip(list(signature(type(top).forward).parameters)[1:], args)), **kwargs}
+        border = border_of(call, prompt_lengths)
+    _border.set((attachment.decoder, border))
+    return args, kwargs
+
+
+def forget_border(top: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of the top model, called on errors too."""
+    _border.set(None)
+
+
+def border_of(call: dict[str, Any], prompt_lengths: Any) -> torch.Tensor | None:
+    """The caller's column of each row's first thought, [B], or None if the call does not say.
+
+    In this order: `prompt_lengths`; the first label that is not -100 (a row without any takes the batch's minimum); an
+    int `logits_to_keep` > 1 (TRL's way to ask for the logits of the completion and of the token before it).
+    """
+    x = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+    past = call.get("past_key_values")
+    if x is None or (past is not None and past.get_seq_length()):
+        if prompt_lengths is not None:
+            raise ValueError("`prompt_lengths` was given with a cache that holds tokens: its prompt border is known.")
+        return None
+    batch_size, length = x.shape[:2]
+    if prompt_lengths is not None:
+        border = torch.as_tensor(prompt_lengths, device=x.device)
+        border = border.expand(batch_size) if border.ndim == 0 else border
+        if (
+            border.shape != (batch_size,)
+            or border.is_floating_point()
+            or not ((border >= 0) & (border <= length)).all()
+        ):
+            raise ValueError(
+                f"`prompt_lengths` must hold one integer in [0, {length}] for each of the {batch_size} rows (the "
+                f"column at which the completion begins, padding counted), got {prompt_lengths!r}."
+            )
+        return border.long()
+    labels = call.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.shape == (batch_size, length):
+        has_label = (labels != -100).to(x.device)
+        first = torch.where(has_label, torch.arange(length, device=x.device), length).amin(-1)
+        if bool((first == length).all()):
+            return None
+        border = torch.where(first == length, first.min(), first)
+        mask = call.get("attention_mask")
+        if mask is None or mask.ndim == 2:
+            num_prompt = border if mask is None else mask[:, :length].to(x.device).cumsum(-1).gather(1, border[:, None])
+            if bool((num_prompt <= (mask is not None)).all()):
+                warnings.warn(
+                    "The labels cover whole sequences, so PTE keeps no prompt: everything streams through the window. "
+                    "Set the labels of the prompt to -100, or pass `prompt_lengths`."
+                )
+        return border
+    logits_to_keep = call.get("logits_to_keep")
+    if isinstance(logits_to_keep, int) and logits_to_keep > 1:
+        return torch.full((batch_size,), max(0, length - (logits_to_keep - 1)), device=x.device)
+    return None
+
+
+# ------------------------------------------------------------------------------------------- H2: the decoder's forward
+
+
+def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The decoder's forward under the bounded cache: with a cache, step by step; without, as a replay."""
+    kwargs.update(zip(list(signature(type(decoder).forward).parameters)[1:], args))
+    attachment = getattr(decoder, "pte_attachment", None)
+    policy, adapters = attachment.active() if attachment is not None else (None, ())
+    cache = kwargs.pop("past_key_values", None)
+    if policy is None:
+        if isinstance(cache, PTECache) and cache.is_bound:
+            raise ValueError(
+                "The PTE adapter is off, but `past_key_values` was filled with it on. The base model cannot go on "
+                "from a bounded cache: start a new one."
+            )
+        return original(past_key_values=cache, **kwargs)
+    refuse_arguments(kwargs)
+    inputs = {name: kwargs.pop(name) for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
+    for name in ("input_ids", "inputs_embeds"):
+        kwargs.pop(name, None)
+    if len(inputs) != 1:
+        raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+    (x,) = inputs.values()
+    batch_size, length = x.shape[:2]
+
+    noted, prompt = _border.get(), _prompt.get()
+    border = noted[1] if noted is not None and noted[0] is decoder else None
+    prompt_length = prompt[1] if prompt is not None and prompt[0] is decoder else None
+    explicit_cache = kwargs.pop("use_cache", None)
+    use_cache = decoder.config.use_cache if explicit_cache is None else explicit_cache
+    needs_border = policy.retained_prefix == "prompt" and (
+        policy.window_size == "prompt" or length > policy.window_size
+    )
+    error = UNKNOWN_BORDER.format(length=length, window=policy.window_size)
+
+    if cache is None and border is None and prompt_length is not None and not use_cache:
+        border = torch.full((batch_size,), min(prompt_length, length), device=x.device)  # generate(use_cache=False)
+    if cache is None and (border is None or explicit_cache) and use_cache:
+        if border is None and needs_border and not explicit_cache and attachment.trains():
+            raise ValueError(error)
+        cache = PTECache()
+    return_dict = kwargs.pop("return_dict", None)
+    kwargs["return_dict"] = True
+    with layer_checkpointing_off(decoder) as checkpointing:
+        if cache is not None:
+            cache = PTECache.adopt(cache)
+            if border is not None and not cache.is_bound:
+                if bool((border != border[0]).any()):
+                    raise ValueError(
+                        f"With a cache all prompts must end at the same column, but the borders are {border.tolist()}: "
+                        "pad prompts on the left, or leave `past_key_values` and `use_cache` out."
+                    )
+                prompt_length = int(border[0])
+            output = cached_forward(decoder, original, policy, adapters, cache, prompt_length, inputs, kwargs)
+        else:
+            if border is None and policy.retained_prefix == "prompt":
+                if needs_border:
+                    raise ValueError(error)
+                border = torch.full((batch_size,), length, device=x.device)
+            mask = kwargs.pop("attention_mask", None)
+            positions = positions_of(kwargs.pop("position_ids", None), mask, length, 0, x.device)
+            refuse_packing(positions, mask)
+            output = replay(decoder, original, policy, border, checkpointing, inputs, mask, positions, **kwargs)
+    return output if return_dict is not False else output.to_tuple()
+
+
+def cached_forward(
+    decoder: nn.Module,
+    original: Callable[..., BaseModelOutputWithPast],
+    policy: CachePolicy,
+    adapters: tuple[str, ...],
+    cache: PTECache,
+    prompt_length: int | None,
+    inputs: dict[str, torch.Tensor],
+    kwargs: dict[str, Any],
+) -> BaseModelOutputWithPast:
+    """Feed any number of tokens to the cache; the result does not depend on how many come at once."""
+    (x,) = inputs.values()
+    batch_size, length = x.shape[:2]
+    cache.bind(policy, adapters, decoder.config.num_hidden_layers, batch_size)
+    seen = cache.get_seq_length()
+    mask = kwargs.pop("attention_mask", None)
+    if mask is not None and mask.shape != (batch_size, seen + length):
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(mask.shape)}, but the cache has seen {seen} columns and the input "
+            f"brings {length}: it must be {(batch_size, seen + length)}, evicted columns included."
+        )
+    positions = positions_of(kwargs.pop("position_ids", None), mask, length, seen, x.device).expand(batch_size, -1)
+    cache.begin_prompt(mask, length, prompt_length)
+    outputs, start = [], 0
+    while start < length:
+        cache.evict(mask, decoder.rotary_emb)
+        end = min(length, start + cache.room())
+        step_mask = cache.compact_mask(mask, end - start)
+        cache.begin_step(positions[:, start:end])
+        outputs.append(
+            original(
+                **{name: tensor[:, start:end] for name, tensor in inputs.items()},
+                attention_mask=step_mask,
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+                **kwargs,
+            )
+        )
+        start = end
+    output = join_outputs(outputs)
+    output.past_key_values = cache
+    return output
+
+
+def positions_of(
+    position_ids: torch.Tensor | None, mask: torch.Tensor | None, length: int, seen: int, device: torch.device
+) -> torch.Tensor:
+    """Absolute positions [B or 1, length]: the caller's, or counted along the mask, so that padding does not count.
+
+    Positions counted over padding would make a left-padded row another policy than the same row alone.
+    """
+    if position_ids is not None:
+        return position_ids.to(device)
+    if mask is not None:
+        return (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return torch.arange(seen, seen + length, device=device)[None]
+
+
+def refuse_arguments(kwargs: dict[str, Any]) -> None:
+    """Arguments of the decoder that PTE cannot honour."""
+    packed = [
+        name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx") if kwargs.get(name) is not None
+    ]
+    if packed:
+        raise ValueError(
+            f"PTE got `{packed[0]}`: packed (padding-free) batches and continuous batching put several sequences in one "
+            "row, but there is one thought state per row. Use padded batches (`padding_free=False`, `packing=False`) "
+            "and `generate` without `cache_implementation='paged'`."
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        kind = f"{mask.ndim}-D tensor" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"`attention_mask` is a {kind}, but PTE needs the 2-D padding mask [batch, columns] (1 for tokens): it has "
+            "to take the columns of evicted tokens out of it."
+        )
+
+
+def refuse_packing(positions: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Positions that start again inside a row mean several sequences in one row."""
+    steps = positions.diff(dim=-1)
+    restarts = steps < 0
+    if mask is not None:
+        restarts = restarts & mask[:, 1:].to(positions.device).bool() & mask[:, :-1].to(positions.device).bool()
+    if bool(restarts.any()):
+        raise ValueError(
+            "`position_ids` decrease inside a row, which means packed sequences. PTE keeps one thought state per row: "
+            "use padded batches (`padding_free=False`, `packing=False`)."
+        )
+
+
+@contextlib.contextmanager
+def layer_checkpointing_off(decoder: nn.Module) -> Iterator[bool]:
+    """Switch the layers' own gradient checkpointing off for a call; yields whether it was on and takes effect.
+
+    A checkpointed layer drops its cache, and with it the thoughts. The replay checkpoints whole segments instead.
+    """
+    flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in flagged:
+        options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if options.get("use_reentrant"):
+            raise ValueError(
+                "PTE does not support reentrant gradient checkpointing: it would lose the gradients through cached "
+                "keys, values and states. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+    for module in flagged:
+        module.gradient_checkpointing = False
+    try:
+        yield bool(flagged) and decoder.training and torch.is_grad_enabled()
+    finally:
+        for module in flagged:
+            module.gradient_checkpointing = True
+
+
+# ------------------------------------------------------------------------------- H3: the state, for one attention call
+
+
+def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module: encode what was evicted, and hand S to the projections."""
+    encoder = getattr(attention, ENCODER_NAME)
+    if not encoder.live_adapters:
+        return
+    cache = kwargs.get("past_key_values")
+    layer = cache.layers[attention.layer_idx] if cache is not None else None
+    if not hasattr(layer, "states_for"):
+        raise RuntimeError(
+            f"Layer {attention.layer_idx} was called without PTE's cache (got {type(cache).__name__}), so its thoughts "
+            "would be lost in silence. Call the model, not its layers, and do not replace its decoder's forward."
+        )
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    states = layer.states_for(encoder, attention, hidden_states.shape[0])
+    for projection in attention.children():
+        if isinstance(projection, Linear):
+            projection.states = states
+
+
+def take_state_back(attention: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of an attention module, called on errors too: nothing stays in the modules."""
+    for projection in attention.children():
+        if isinstance(projection, Linear):
+            projection.states = None
+
+
+# --------------------------------------------------------------------------------------------------------- H4: generate
+
+REFUSED_GENERATION = {
+    "prompt_lookup_num_tokens": "prompt-lookup decoding rolls the cache back, but evicted thoughts cannot come back",
+    "assistant_early_exit": "assisted decoding rolls the cache back, but evicted thoughts cannot come back",
+    "dola_layers": "DoLa reads the logits of layers that have not seen the same thoughts",
+    "guidance_scale": "classifier-free guidance runs a second prompt beside the first, without its own thought state",
+}
+
+
+def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate`: refuse what PTE cannot honour before any token is made, and make the prompt length known."""
+    attachment = getattr(top, "pte_attachment", None)
+    if attachment is None or attachment.active()[0] is None:
+        return original(*args, **kwargs)
+    call = {**dict(zip(list(signature(type(top).generate).parameters)[1:], args)), **kwargs}
+
+    def option(name: str) -> Any:
+        for source in (call, vars(call.get("generation_config") or object), vars(top.generation_config)):
+            if source.get(name) is not None:
+                return source[name]
+        return None
+
+    if call.get("assistant_model") is not None:
+        refuse_rollback()
+    for name, reason in REFUSED_GENERATION.items():
+        if option(name) is not None and not (name == "guidance_scale" and option(name) == 1):
+            raise ValueError(f"`{name}={option(name)!r}` is not supported with PTE: {reason}. Leave it out.")
+    implementation = option("cache_implementation")
+    if implementation not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"`cache_implementation={implementation!r}` is not supported with PTE, whose cache is bounded already: "
+            "static, offloaded, quantised and paged caches would lose the thoughts. Leave it out."
+        )
+    cache = call.get("past_key_values")
+    if cache is not None:
+        cache = PTECache.adopt(cache)
+    inputs = call.get("inputs_embeds")
+    for name in ("input_ids", "inputs"):
+        inputs = call.get(name) if inputs is None else inputs
+    # Without inputs, `generate` starts from the BOS token.
+    token = _prompt.set((attachment.decoder, 1 if inputs is None else inputs.shape[1]))
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _prompt.reset(token)
+
+
+def around_continuous_batching(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate_batch` and relatives run on a paged cache that knows no thoughts."""
+    attachment = getattr(top, "pte_attachment", None)
+    if attachment is not None and attachment.active()[0] is not None:
+        raise ValueError(
+            "Continuous batching (`generate_batch`, paged attention) is not supported with PTE: its cache holds no "
+            "thought states. Use `generate` with a left-padded batch."
+        )
+    return original(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------- attach and detach
+
+GENERATION = {
+    "generate": around_generate,
+    "generate_batch": around_continuous_batching,
+    "init_continuous_batching": around_continuous_batching,
+}
+
+
+def wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+    """Put `around(module, original, *args, **kwargs)` in front of `module.<name>`, for this instance only.
+
+    A wrapper that was there before (accelerate's, say) is kept as an attribute, so that a deepcopy rebinds it.
+    """
+    setattr(module, f"pte_original_{name}", module.__dict__.get(name))
+
+    @functools.wraps(getattr(type(module), name))
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        original = self.__dict__.get(f"pte_original_{name}") or functools.partial(getattr(type(self), name), self)
+        return around(self, original, *args, **kwargs)
+
+    setattr(module, f"pte_wrapper_{name}", wrapper)
+    setattr(module, name, types.MethodType(wrapper, module))
+
+
+def unwrap(module: nn.Module, name: str) -> None:
+    """Take the wrapper off again. If somebody has wrapped it since, it stays, and passes everything through."""
+    wrapper = module.__dict__.get(f"pte_wrapper_{name}")
+    if wrapper is None or getattr(module.__dict__.get(name), "__func__", None) is not wrapper:
+        return
+    del module.__dict__[f"pte_wrapper_{name}"]
+    original = module.__dict__.pop(f"pte_original_{name}")
+    if original is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, original)
+
+
+def attach(top: nn.Module, decoder: nn.Module) -> Attachment:
+    """Install H1, H2 and H4 (H3 comes with each encoder). A second adapter finds them there."""
+    if not hasattr(decoder, "pte_attachment"):
+        attachment = Attachment(top, decoder)
+        attachment.handles = [
+            top.register_forward_pre_hook(find_border, with_kwargs=True),
+            top.register_forward_hook(forget_border, always_call=True),
+        ]
+        top.pte_attachment = decoder.pte_attachment = attachment
+        wrap(decoder, "forward", around_decoder)
+        for name, around in GENERATION.items():
+            if hasattr(top, name):
+                wrap(top, name, around)
+    return decoder.pte_attachment
+
+
+def attach_encoder(attachment: Attachment, attention: nn.Module, encoder: ThoughtEncoder) -> None:
+    """Put an encoder into its attention module, with H3."""
+    attention.add_module(ENCODER_NAME, encoder)
+    attachment.encoders.append(encoder)
+    attachment.handles += [
+        attention.register_forward_pre_hook(hand_over_state, with_kwargs=True),
+        attention.register_forward_hook(take_state_back, always_call=True),
+    ]
+
+
+def detach(decoder: nn.Module) -> None:
+    """Remove everything that `attach` and `attach_encoder` installed."""
+    attachment = decoder.pte_attachment
+    for handle in attachment.handles:
+        handle.remove()
+    for module in decoder.modules():
+        if ENCODER_NAME in module._modules:
+            delattr(module, ENCODER_NAME)
+    unwrap(decoder, "forward")
+    for name in GENERATION:
+        unwrap(attachment.top, name)
+    for module in {attachment.top, decoder}:
+        del module.pte_attachment

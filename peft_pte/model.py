@@ -1,0 +1,156 @@
+"""`PTEModel`: puts the adapter into a Hugging Face model and takes it out again."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from .config import PTEConfig
+from .encoder import ENCODER_NAME, ThoughtEncoder
+from .families import attention_modules, find_decoder, kv_width
+from .hooks import attach, attach_encoder, detach
+from .layer import Linear, PTELayer, refuse_merge
+
+
+class PTEModel(BaseTuner):
+    """
+    Creates a model with Progressive Thought Encoding from a pretrained decoder-only transformers model.
+
+    Every attention layer gets a [`ThoughtEncoder`], and its projections become [`Linear`] layers with
+    `y = W x + scaling * A S B x`, where the state `S` belongs to one sequence. The KV cache is bounded: see [`PTEConfig`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to be adapted.
+        peft_config ([`PTEConfig`]): The configuration.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+
+    Returns:
+        `torch.nn.Module`: The PTE model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_pte import PTEConfig
+
+        >>> base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-3B-Instruct")
+        >>> model = get_peft_model(base, PTEConfig(task_type="CAUSAL_LM", window_size=1024))
+        >>> model.generate(**inputs, max_new_tokens=65536)  # constant memory
+        ```
+    """
+
+    prefix: str = "pte_"
+    tuner_layer_cls = PTELayer
+    target_module_mapping: dict[str, list[str]] = {}  # found by structure: see _prepare_adapter_config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, not its `forward` as PEFT before 0.21 did: the hooks on it find the prompt border."""
+        return self.model(*args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------------- injection
+
+    def _prepare_adapter_config(self, peft_config: PTEConfig, model_config: dict) -> PTEConfig:
+        """Default targets: all linear projections of the attention modules."""
+        attentions = attention_modules(find_decoder(self.model)).values()
+        if peft_config.target_modules is None:
+            peft_config.target_modules = {
+                name for attention in attentions for name, child in attention.named_children() if is_linear(child)
+            }
+        return peft_config
+
+    def _prepare_model(self, peft_config: PTEConfig, model: nn.Module) -> None:
+        """Check every target before the first one is replaced, so that a refusal leaves the model as it was."""
+        decoder = find_decoder(model)
+        if peft_config.target_modules == "all-linear":
+            raise ValueError(
+                "PTEConfig: `target_modules` is 'all-linear', but PTE adapts attention projections only: the thought "
+                "state belongs to an attention layer. Leave `target_modules` out to adapt all of them."
+            )
+        attentions = set(attention_modules(decoder).values())
+        for key, module in model.named_modules():
+            if not key or not self._check_target_module_exists(peft_config, key):
+                continue
+            parent = model.get_submodule(key.rpartition(".")[0])
+            if isinstance(parent, PTELayer):
+                continue  # a part of another adapter
+            if parent not in attentions:
+                raise ValueError(
+                    f"PTEConfig: `target_modules` matches '{key}', which is not a projection of an attention module. "
+                    "PTE adapts attention projections only: leave `target_modules` out to adapt all of them."
+                )
+            if not is_linear(module):
+                raise ValueError(
+                    f"PTEConfig: `target_modules` matches '{key}', a {type(module).__name__}; only `torch.nn.Linear` "
+                    "(also quantised) projections can be adapted."
+                )
+
+    def _create_and_replace(
+        self,
+        peft_config: PTEConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        attachment = attach(self.model, find_decoder(self.model))
+        attachment.configs[adapter_name] = peft_config
+        encoder = parent._modules.get(ENCODER_NAME)
+        if encoder is None:
+            base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            encoder = ThoughtEncoder(base_layer, adapter_name, kv_width(parent))
+            encoder.set_adapter(self.active_adapters)
+            attach_encoder(attachment, parent, encoder)
+        if adapter_name not in encoder.pte_rule:
+            encoder.update_layer(adapter_name, peft_config)
+            if adapter_name not in self.active_adapters:
+                encoder.set_requires_grad(adapter_name, False)
+        if isinstance(target, Linear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        new_module = Linear(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from all layers."""
+        super().delete_adapter(adapter_name)
+        find_decoder(self.model).pte_attachment.configs.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            refuse_merge()
+        decoder = find_decoder(self.model)
+        if hasattr(decoder, "pte_attachment"):
+            detach(decoder)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    # -------------------------------------------------------------------------------------------------------- refusals
+
+    _check_merge_allowed = refuse_merge
+    merge_adapter = refuse_merge
+    unmerge_adapter = refuse_merge
+    add_weighted_adapter = refuse_merge
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "PTE does not support `adapter_names` (a batch with a different adapter for each row): all rows of a "
+                "cache share one policy. Use `set_adapter` and one batch for each adapter."
+            )
+        yield
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer, adapted already or not; quantised ones are subclasses of `torch.nn.Linear`."""
+    base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base_layer, torch.nn.Linear)

@@ -1,0 +1,54 @@
+"""When evictions happen: the one definition that decoding and training both ask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Segment(NamedTuple):
+    """Columns `[start, end)` that are computed with one and the same state; `evict`: an eviction comes before it."""
+
+    start: int
+    end: int
+    evict: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Before a step that would store more than `window` thoughts, the `num_evicted` oldest leave.
+
+    So with thoughts counted from 0 after the retained prefix, evictions come before thoughts C, C + n, C + 2n, ...
+    whatever the number of tokens a call brings.
+    """
+
+    window: int
+    num_evicted: int
+
+    @classmethod
+    def create(cls, window: int, eviction_ratio: float) -> Schedule:
+        """C thoughts stay, `max(1, floor(C * eviction_ratio))` leave at once."""
+        # 1e-9: 0.29 * 100 is 28.999999999999996 in floating point.
+        return cls(window, max(1, math.floor(window * eviction_ratio + 1e-9)))
+
+    def is_full(self, num_thoughts: int) -> bool:
+        """Whether an eviction comes before the next thought is stored; negative counts: the prefix is incomplete."""
+        return num_thoughts >= self.window
+
+    def room(self, num_thoughts: int) -> int:
+        """How many tokens can be stored before the next eviction."""
+        return self.window - num_thoughts
+
+    def segments(self, prefix: int, length: int) -> Iterator[Segment]:
+        """Split `length` columns, of which the first `prefix` are kept for ever, at the evictions."""
+        start, num_thoughts = 0, -prefix
+        while start < length:
+            evict = self.is_full(num_thoughts)
+            if evict:
+                num_thoughts -= self.num_evicted
+            end = min(length, start + self.room(num_thoughts))
+            yield Segment(start, end, evict)
+            num_thoughts += end - start
+            start = end
