@@ -1,4 +1,4 @@
-"""`python -m peft_pte script.py args...`: run a script that does not import `peft_pte` with the PEFT type registered."""
+"""`python -m peft_pte script.py args...`: run any script with the PEFT type registered."""
 
 import os
 import runpy

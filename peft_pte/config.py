@@ -162,7 +162,7 @@ class PTEConfig(PeftConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> PTEConfig:
-        """The rule and the settings of the paper to the letter (Eq. 3 to 6); keyword arguments override single fields."""
+        """The rule and settings of the paper to the letter (Eq. 3 to 6); keyword arguments override single fields."""
         settings: dict[str, Any] = dict(
             r=32,
             num_global_tokens=32,

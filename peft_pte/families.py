@@ -75,9 +75,9 @@ def find_decoder(model: nn.Module) -> nn.Module:
         layer_types.add("sliding_attention")
     if layer_types - {"full_attention"}:
         refuse(
-            f"it has layers of type {', '.join(sorted(layer_types - {'full_attention'}))}, which bound or replace their "
-            "own cache. PTE needs full attention in all layers (for Mistral, Phi-3 and the like: `sliding_window=None`, "
-            f"or at least the model's length of {max_length})."
+            f"it has layers of type {', '.join(sorted(layer_types - {'full_attention'}))}, which bound or replace "
+            "their own cache. PTE needs full attention in all layers (for Mistral, Phi-3 and the like: "
+            f"`sliding_window=None`, or at least the model's length of {max_length})."
         )
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         refuse("some layers use the keys and values of others, so evicted thoughts would not belong to one layer.")

@@ -3,7 +3,7 @@
 (H1) forward hooks on the top model find the prompt border in `prompt_lengths`, `labels` or `logits_to_keep`;
 (H2) a wrapper of the decoder's forward adopts the cache, evicts, splits long inputs, and runs the replay;
 (H3) hooks on each attention module hand the state to its projections and take it back;
-(H4) a wrapper of `generate` refuses what cannot work and makes the prompt length known.
+(H4) a wrapper of `generate` refuses what cannot work and makes the prompt length known (generation.py).
 
 Nothing is kept between calls except in the cache. The border travels from the top model to the decoder in a context
 variable, because callers such as fused loss heads call the decoder on their own.
@@ -12,8 +12,6 @@ variable, because callers such as fused loss heads call the decoder on their own
 from __future__ import annotations
 
 import contextlib
-import functools
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -24,15 +22,15 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache import PTECache, refuse_rollback
+from .cache import PTECache
 from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .layer import Linear
 from .replay import join_outputs, replay
 
 # (decoder, border [B]) while the top model's forward runs; (decoder, columns of the prompt) while `generate` runs.
-_border: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_border", default=None)
-_prompt: ContextVar[tuple[nn.Module, int] | None] = ContextVar("pte_prompt", default=None)
+current_border: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_border", default=None)
+current_prompt: ContextVar[tuple[nn.Module, int] | None] = ContextVar("pte_prompt", default=None)
 
 UNKNOWN_BORDER = (
     "PTE cannot tell where the prompt ends and the thoughts begin, and the input ({length} tokens) is longer than the "
@@ -87,13 +85,13 @@ def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     if attachment.active()[0] is not None:
         call = {**dict(zip(list(signature(type(top).forward).parameters)[1:], args)), **kwargs}
         border = border_of(call, prompt_lengths)
-    _border.set((attachment.decoder, border))
+    current_border.set((attachment.decoder, border))
     return args, kwargs
 
 
 def forget_border(top: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of the top model, called on errors too."""
-    _border.set(None)
+    current_border.set(None)
 
 
 def border_of(call: dict[str, Any], prompt_lengths: Any) -> torch.Tensor | None:
@@ -135,7 +133,8 @@ def border_of(call: dict[str, Any], prompt_lengths: Any) -> torch.Tensor | None:
             if bool((num_prompt <= (mask is not None)).all()):
                 warnings.warn(
                     "The labels cover whole sequences, so PTE keeps no prompt: everything streams through the window. "
-                    "Set the labels of the prompt to -100, or pass `prompt_lengths`."
+                    "Set the labels of the prompt to -100, or pass `prompt_lengths`.",
+                    stacklevel=2,
                 )
         return border
     logits_to_keep = call.get("logits_to_keep")
@@ -169,7 +168,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     (x,) = inputs.values()
     batch_size, length = x.shape[:2]
 
-    noted, prompt = _border.get(), _prompt.get()
+    noted, prompt = current_border.get(), current_prompt.get()
     border = noted[1] if noted is not None and noted[0] is decoder else None
     prompt_length = prompt[1] if prompt is not None and prompt[0] is decoder else None
     explicit_cache = kwargs.pop("use_cache", None)
@@ -276,9 +275,9 @@ def refuse_arguments(kwargs: dict[str, Any]) -> None:
     ]
     if packed:
         raise ValueError(
-            f"PTE got `{packed[0]}`: packed (padding-free) batches and continuous batching put several sequences in one "
-            "row, but there is one thought state per row. Use padded batches (`padding_free=False`, `packing=False`) "
-            "and `generate` without `cache_implementation='paged'`."
+            f"PTE got `{packed[0]}`: packed (padding-free) batches and continuous batching put several sequences in "
+            "one row, but there is one thought state per row. Use padded batches (`padding_free=False`, "
+            "`packing=False`), and `generate` without `cache_implementation='paged'`."
         )
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
@@ -352,141 +351,3 @@ def take_state_back(attention: nn.Module, args: tuple, output: Any) -> None:
     for projection in attention.children():
         if isinstance(projection, Linear):
             projection.states = None
-
-
-# --------------------------------------------------------------------------------------------------------- H4: generate
-
-REFUSED_GENERATION = {
-    "prompt_lookup_num_tokens": "prompt-lookup decoding rolls the cache back, but evicted thoughts cannot come back",
-    "assistant_early_exit": "assisted decoding rolls the cache back, but evicted thoughts cannot come back",
-    "dola_layers": "DoLa reads the logits of layers that have not seen the same thoughts",
-    "guidance_scale": "classifier-free guidance runs a second prompt beside the first, without its own thought state",
-}
-
-
-def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`generate`: refuse what PTE cannot honour before any token is made, and make the prompt length known."""
-    attachment = getattr(top, "pte_attachment", None)
-    if attachment is None or attachment.active()[0] is None:
-        return original(*args, **kwargs)
-    call = {**dict(zip(list(signature(type(top).generate).parameters)[1:], args)), **kwargs}
-
-    def option(name: str) -> Any:
-        for source in (call, vars(call.get("generation_config") or object), vars(top.generation_config)):
-            if source.get(name) is not None:
-                return source[name]
-        return None
-
-    if call.get("assistant_model") is not None:
-        refuse_rollback()
-    for name, reason in REFUSED_GENERATION.items():
-        if option(name) is not None and not (name == "guidance_scale" and option(name) == 1):
-            raise ValueError(f"`{name}={option(name)!r}` is not supported with PTE: {reason}. Leave it out.")
-    implementation = option("cache_implementation")
-    if implementation not in (None, "dynamic", "dynamic_full"):
-        raise ValueError(
-            f"`cache_implementation={implementation!r}` is not supported with PTE, whose cache is bounded already: "
-            "static, offloaded, quantised and paged caches would lose the thoughts. Leave it out."
-        )
-    cache = call.get("past_key_values")
-    if cache is not None:
-        cache = PTECache.adopt(cache)
-    inputs = call.get("inputs_embeds")
-    for name in ("input_ids", "inputs"):
-        inputs = call.get(name) if inputs is None else inputs
-    # Without inputs, `generate` starts from the BOS token.
-    token = _prompt.set((attachment.decoder, 1 if inputs is None else inputs.shape[1]))
-    try:
-        return original(*args, **kwargs)
-    finally:
-        _prompt.reset(token)
-
-
-def around_continuous_batching(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`generate_batch` and relatives run on a paged cache that knows no thoughts."""
-    attachment = getattr(top, "pte_attachment", None)
-    if attachment is not None and attachment.active()[0] is not None:
-        raise ValueError(
-            "Continuous batching (`generate_batch`, paged attention) is not supported with PTE: its cache holds no "
-            "thought states. Use `generate` with a left-padded batch."
-        )
-    return original(*args, **kwargs)
-
-
-# --------------------------------------------------------------------------------------------------- attach and detach
-
-GENERATION = {
-    "generate": around_generate,
-    "generate_batch": around_continuous_batching,
-    "init_continuous_batching": around_continuous_batching,
-}
-
-
-def wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
-    """Put `around(module, original, *args, **kwargs)` in front of `module.<name>`, for this instance only.
-
-    A wrapper that was there before (accelerate's, say) is kept as an attribute, so that a deepcopy rebinds it.
-    """
-    setattr(module, f"pte_original_{name}", module.__dict__.get(name))
-
-    @functools.wraps(getattr(type(module), name))
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        original = self.__dict__.get(f"pte_original_{name}") or functools.partial(getattr(type(self), name), self)
-        return around(self, original, *args, **kwargs)
-
-    setattr(module, f"pte_wrapper_{name}", wrapper)
-    setattr(module, name, types.MethodType(wrapper, module))
-
-
-def unwrap(module: nn.Module, name: str) -> None:
-    """Take the wrapper off again. If somebody has wrapped it since, it stays, and passes everything through."""
-    wrapper = module.__dict__.get(f"pte_wrapper_{name}")
-    if wrapper is None or getattr(module.__dict__.get(name), "__func__", None) is not wrapper:
-        return
-    del module.__dict__[f"pte_wrapper_{name}"]
-    original = module.__dict__.pop(f"pte_original_{name}")
-    if original is None:
-        delattr(module, name)
-    else:
-        setattr(module, name, original)
-
-
-def attach(top: nn.Module, decoder: nn.Module) -> Attachment:
-    """Install H1, H2 and H4 (H3 comes with each encoder). A second adapter finds them there."""
-    if not hasattr(decoder, "pte_attachment"):
-        attachment = Attachment(top, decoder)
-        attachment.handles = [
-            top.register_forward_pre_hook(find_border, with_kwargs=True),
-            top.register_forward_hook(forget_border, always_call=True),
-        ]
-        top.pte_attachment = decoder.pte_attachment = attachment
-        wrap(decoder, "forward", around_decoder)
-        for name, around in GENERATION.items():
-            if hasattr(top, name):
-                wrap(top, name, around)
-    return decoder.pte_attachment
-
-
-def attach_encoder(attachment: Attachment, attention: nn.Module, encoder: ThoughtEncoder) -> None:
-    """Put an encoder into its attention module, with H3."""
-    attention.add_module(ENCODER_NAME, encoder)
-    attachment.encoders.append(encoder)
-    attachment.handles += [
-        attention.register_forward_pre_hook(hand_over_state, with_kwargs=True),
-        attention.register_forward_hook(take_state_back, always_call=True),
-    ]
-
-
-def detach(decoder: nn.Module) -> None:
-    """Remove everything that `attach` and `attach_encoder` installed."""
-    attachment = decoder.pte_attachment
-    for handle in attachment.handles:
-        handle.remove()
-    for module in decoder.modules():
-        if ENCODER_NAME in module._modules:
-            delattr(module, ENCODER_NAME)
-    unwrap(decoder, "forward")
-    for name in GENERATION:
-        unwrap(attachment.top, name)
-    for module in {attachment.top, decoder}:
-        del module.pte_attachment

@@ -9,10 +9,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from .attach import attach, attach_encoder, detach
 from .config import PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .families import attention_modules, find_decoder, kv_width
-from .hooks import attach, attach_encoder, detach
 from .layer import Linear, PTELayer, refuse_merge
 
 
@@ -21,7 +21,8 @@ class PTEModel(BaseTuner):
     Creates a model with Progressive Thought Encoding from a pretrained decoder-only transformers model.
 
     Every attention layer gets a [`ThoughtEncoder`], and its projections become [`Linear`] layers with
-    `y = W x + scaling * A S B x`, where the state `S` belongs to one sequence. The KV cache is bounded: see [`PTEConfig`].
+    `y = W x + scaling * A S B x`, where the state `S` belongs to one sequence. The KV cache is bounded: see
+    [`PTEConfig`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to be adapted.

@@ -251,7 +251,9 @@ def run_segment(
 def join_outputs(
     outputs: list[BaseModelOutputWithPast], restore: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> BaseModelOutputWithPast:
-    """Join the outputs of segments along the sequence, without their caches; `restore` brings [B, T', D] back to the caller's layout.
+    """Join the outputs of segments along the sequence, without their caches.
+
+    `restore` brings [B, T', D] back to the caller's layout.
 
     Raises:
         ValueError: an output was asked for that has no meaning across segments (attention maps, router logits).

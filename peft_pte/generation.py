@@ -1,0 +1,75 @@
+"""`generate` under PTE (H4): what cannot work is refused before any token is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from .cache import PTECache, refuse_rollback
+from .hooks import current_prompt
+
+REFUSED_GENERATION = {
+    "prompt_lookup_num_tokens": "prompt-lookup decoding rolls the cache back, but evicted thoughts cannot come back",
+    "assistant_early_exit": "assisted decoding rolls the cache back, but evicted thoughts cannot come back",
+    "dola_layers": "DoLa reads the logits of layers that have not seen the same thoughts",
+    "guidance_scale": "classifier-free guidance runs a second prompt beside the first, without its own thought state",
+}
+
+
+def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate`: refuse what PTE cannot honour before any token is made, and make the prompt length known."""
+    attachment = getattr(top, "pte_attachment", None)
+    if attachment is None or attachment.active()[0] is None:
+        return original(*args, **kwargs)
+    call = {**dict(zip(list(signature(type(top).generate).parameters)[1:], args)), **kwargs}
+
+    def option(name: str) -> Any:
+        for source in (call, vars(call.get("generation_config") or object), vars(top.generation_config)):
+            if source.get(name) is not None:
+                return source[name]
+        return None
+
+    if call.get("assistant_model") is not None:
+        refuse_rollback()
+    for name, reason in REFUSED_GENERATION.items():
+        if option(name) is not None and not (name == "guidance_scale" and option(name) == 1):
+            raise ValueError(f"`{name}={option(name)!r}` is not supported with PTE: {reason}. Leave it out.")
+    implementation = option("cache_implementation")
+    if implementation not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"`cache_implementation={implementation!r}` is not supported with PTE, whose cache is bounded already: "
+            "static, offloaded, quantised and paged caches would lose the thoughts. Leave it out."
+        )
+    cache = call.get("past_key_values")
+    if cache is not None:
+        cache = PTECache.adopt(cache)
+    inputs = call.get("inputs_embeds")
+    for name in ("input_ids", "inputs"):
+        inputs = call.get(name) if inputs is None else inputs
+    # Without inputs, `generate` starts from the BOS token.
+    token = current_prompt.set((attachment.decoder, 1 if inputs is None else inputs.shape[1]))
+    try:
+        return original(*args, **kwargs)
+    finally:
+        current_prompt.reset(token)
+
+
+def around_continuous_batching(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate_batch` and relatives run on a paged cache that knows no thoughts."""
+    attachment = getattr(top, "pte_attachment", None)
+    if attachment is not None and attachment.active()[0] is not None:
+        raise ValueError(
+            "Continuous batching (`generate_batch`, paged attention) is not supported with PTE: its cache holds no "
+            "thought states. Use `generate` with a left-padded batch."
+        )
+    return original(*args, **kwargs)
+
+
+GENERATION_METHODS = {
+    "generate": around_generate,
+    "generate_batch": around_continuous_batching,
+    "init_continuous_batching": around_continuous_batching,
+}
