@@ -11,9 +11,8 @@ variable, because callers such as fused loss heads call the decoder on their own
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from inspect import signature
 from typing import Any
@@ -26,7 +25,7 @@ from .cache import PTECache
 from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .layer import Linear
-from .replay import join_outputs, replay
+from .replay import join_outputs, layer_checkpointing_off, replay
 
 # (decoder, border [B]) while the top model's forward runs; (decoder, columns of the prompt) while `generate` runs.
 current_border: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_border", default=None)
@@ -186,26 +185,25 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         cache = PTECache()
     return_dict = kwargs.pop("return_dict", None)
     kwargs["return_dict"] = True
-    with layer_checkpointing_off(decoder) as checkpointing:
-        if cache is not None:
-            cache = PTECache.adopt(cache)
-            if border is not None and not cache.is_bound:
-                if bool((border != border[0]).any()):
-                    raise ValueError(
-                        f"With a cache all prompts must end at the same column, but the borders are {border.tolist()}: "
-                        "pad prompts on the left, or leave `past_key_values` and `use_cache` out."
-                    )
-                prompt_length = int(border[0])
-            output = cached_forward(decoder, original, policy, adapters, cache, prompt_length, inputs, kwargs)
-        else:
-            if border is None and policy.retained_prefix == "prompt":
-                if needs_border:
-                    raise ValueError(error)
-                border = torch.full((batch_size,), length, device=x.device)
-            mask = kwargs.pop("attention_mask", None)
-            positions = positions_of(kwargs.pop("position_ids", None), mask, length, 0, x.device)
-            refuse_packing(positions, mask)
-            output = replay(decoder, original, policy, border, checkpointing, inputs, mask, positions, **kwargs)
+    if cache is not None:
+        cache = PTECache.adopt(cache)
+        if border is not None and not cache.is_bound:
+            if bool((border != border[0]).any()):
+                raise ValueError(
+                    f"With a cache all prompts must end at the same column, but the borders are {border.tolist()}: "
+                    "pad prompts on the left, or leave `past_key_values` and `use_cache` out."
+                )
+            prompt_length = int(border[0])
+        output = cached_forward(decoder, original, policy, adapters, cache, prompt_length, inputs, kwargs)
+    else:
+        if border is None and policy.retained_prefix == "prompt":
+            if needs_border:
+                raise ValueError(error)
+            border = torch.full((batch_size,), length, device=x.device)
+        mask = kwargs.pop("attention_mask", None)
+        positions = positions_of(kwargs.pop("position_ids", None), mask, length, 0, x.device)
+        refuse_packing(positions, mask)
+        output = replay(decoder, original, policy, border, inputs, mask, positions, **kwargs)
     return output if return_dict is not False else output.to_tuple()
 
 
@@ -238,16 +236,17 @@ def cached_forward(
         end = min(length, start + cache.room())
         step_mask = cache.compact_mask(mask, end - start)
         cache.begin_step(positions[:, start:end])
-        outputs.append(
-            original(
-                **{name: tensor[:, start:end] for name, tensor in inputs.items()},
-                attention_mask=step_mask,
-                position_ids=positions[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-                **kwargs,
+        with layer_checkpointing_off(decoder):
+            outputs.append(
+                original(
+                    **{name: tensor[:, start:end] for name, tensor in inputs.items()},
+                    attention_mask=step_mask,
+                    position_ids=positions[:, start:end],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **kwargs,
+                )
             )
-        )
         start = end
     output = join_outputs(outputs)
     output.past_key_values = cache
@@ -299,29 +298,6 @@ def refuse_packing(positions: torch.Tensor, mask: torch.Tensor | None) -> None:
             "`position_ids` decrease inside a row, which means packed sequences. PTE keeps one thought state per row: "
             "use padded batches (`padding_free=False`, `packing=False`)."
         )
-
-
-@contextlib.contextmanager
-def layer_checkpointing_off(decoder: nn.Module) -> Iterator[bool]:
-    """Switch the layers' own gradient checkpointing off for a call; yields whether it was on and takes effect.
-
-    A checkpointed layer drops its cache, and with it the thoughts. The replay checkpoints whole segments instead.
-    """
-    flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in flagged:
-        options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-        if options.get("use_reentrant"):
-            raise ValueError(
-                "PTE does not support reentrant gradient checkpointing: it would lose the gradients through cached "
-                "keys, values and states. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`."
-            )
-    for module in flagged:
-        module.gradient_checkpointing = False
-    try:
-        yield bool(flagged) and decoder.training and torch.is_grad_enabled()
-    finally:
-        for module in flagged:
-            module.gradient_checkpointing = True
 
 
 # ------------------------------------------------------------------------------- H3: the state, for one attention call

@@ -77,7 +77,7 @@ class PTEModel(BaseTuner):
             if not key or not self._check_target_module_exists(peft_config, key):
                 continue
             parent = model.get_submodule(key.rpartition(".")[0])
-            if isinstance(parent, PTELayer):
+            if isinstance(module, ThoughtEncoder) or isinstance(parent, PTELayer):
                 continue  # a part of another adapter
             if parent not in attentions:
                 raise ValueError(
@@ -101,6 +101,8 @@ class PTEModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target, ThoughtEncoder):
+            return  # a regular expression that matches all of the attention module; the projections bring the encoder
         attachment = attach(self.model, find_decoder(self.model))
         attachment.configs[adapter_name] = peft_config
         encoder = parent._modules.get(ENCODER_NAME)
@@ -153,5 +155,7 @@ class PTEModel(BaseTuner):
 
 def is_linear(module: nn.Module) -> bool:
     """A linear layer, adapted already or not; quantised ones are subclasses of `torch.nn.Linear`."""
+    if isinstance(module, ThoughtEncoder):  # its `get_base_layer` is a sibling
+        return False
     base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return isinstance(base_layer, torch.nn.Linear)

@@ -6,7 +6,8 @@ through the chain of states. `run_segment` is the one place where a segment is c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,7 +170,6 @@ def replay(
     forward: Callable[..., BaseModelOutputWithPast],
     policy: CachePolicy,
     border: torch.Tensor | None,
-    checkpoint_segments: bool,
     inputs: dict[str, torch.Tensor],
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -181,13 +181,15 @@ def replay(
         decoder, forward: the Hugging Face decoder and its own forward.
         policy: of the active adapters.
         border: [B], the caller's column of each row's first thought; may be None for an integer prefix.
-        checkpoint_segments: recompute each segment in the backward pass.
         inputs: `{"input_ids": [B, T]}` or `{"inputs_embeds": [B, T, D]}`.
         attention_mask: [B, T] or None. position_ids: [B or 1, T] or None (then counted along the mask).
+
+    With the model's gradient checkpointing on, each segment is computed again in the backward pass.
 
     Returns:
         The decoder's output in the caller's layout, without a cache.
     """
+    checkpointing = checkpoints_layers(decoder) and decoder.training and torch.is_grad_enabled()
     x = next(iter(inputs.values()))
     batch_size, length = x.shape[:2]
     valid = torch.ones(batch_size, length, dtype=torch.bool, device=x.device)
@@ -221,8 +223,8 @@ def replay(
             attention_mask=segment_mask,
             position_ids=positions[:, start:end],
         )
-        arguments = (forward, layers, start, segment_kwargs)
-        if checkpoint_segments:
+        arguments = (decoder, forward, layers, start, segment_kwargs)
+        if checkpointing:
             output, new, cores = checkpoint(run_segment, *arguments, use_reentrant=False)
         else:
             output, new, cores = run_segment(*arguments)
@@ -236,6 +238,7 @@ def replay(
 
 
 def run_segment(
+    decoder: nn.Module,
     forward: Callable[..., BaseModelOutputWithPast],
     layers: list[tuple[tuple[Chunk, ...], dict[str, torch.Tensor], Evicted | None]],
     num_seen: int,
@@ -243,7 +246,8 @@ def run_segment(
 ) -> tuple[BaseModelOutputWithPast, list[Chunk], list[dict[str, torch.Tensor]]]:
     """Compute one segment from an immutable past; a second call gives the same, so it can be checkpointed."""
     cache = SegmentCache(layers=[SegmentLayer(*layer, num_seen) for layer in layers])
-    output = forward(past_key_values=cache, use_cache=False, **kwargs)
+    with layer_checkpointing_off(decoder):
+        output = forward(past_key_values=cache, use_cache=False, **kwargs)
     output.past_key_values = None  # else the outputs would keep every segment's past alive
     return output, [layer.new for layer in cache.layers], [layer.new_cores for layer in cache.layers]
 
@@ -280,3 +284,35 @@ def join_outputs(
                 f"`output_{name}` out."
             )
     return type(outputs[0])(**result)
+
+
+def checkpoints_layers(decoder: nn.Module) -> bool:
+    """Whether gradient checkpointing was switched on for the model.
+
+    Raises:
+        ValueError: it was switched on in its reentrant form.
+    """
+    flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in flagged:
+        if getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "PTE does not support reentrant gradient checkpointing: it would lose the gradients through cached "
+                "keys, values and states. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+    return bool(flagged)
+
+
+@contextlib.contextmanager
+def layer_checkpointing_off(decoder: nn.Module) -> Iterator[None]:
+    """Switch the layers' own checkpointing off for a call, also for one that is repeated in the backward pass.
+
+    A checkpointed layer drops its cache, and with it the thoughts. The replay checkpoints whole segments instead.
+    """
+    flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in flagged:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in flagged:
+            module.gradient_checkpointing = True

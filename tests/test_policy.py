@@ -14,9 +14,17 @@ from peft import get_peft_model_state_dict
 from reference_pte import run_reference
 
 REFERENCE_FIELDS = (
-    "r num_global_tokens pte_alpha window_size eviction_ratio retained_prefix state_update state_norm state_norm_type "
-    "encode_keys"
-).split()
+    "r",
+    "num_global_tokens",
+    "pte_alpha",
+    "window_size",
+    "eviction_ratio",
+    "retained_prefix",
+    "state_update",
+    "state_norm",
+    "state_norm_type",
+    "encode_keys",
+)
 
 
 @dataclass

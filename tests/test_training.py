@@ -1,0 +1,213 @@
+"""Training: exact gradients through the replay, and `transformers.Trainer` as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import relative_error, tiny_model, with_adapter
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from test_policy import Case, cases, left_padded, right_padded
+from transformers import Trainer, TrainingArguments
+
+from peft_pte import PTECache, PTEConfig
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return named
+
+
+def loss_of(case: Case, model: torch.nn.Module) -> torch.Tensor:
+    ids, mask = right_padded(case)
+    output = model(input_ids=ids, attention_mask=mask, prompt_lengths=case.prompts)
+    weights = torch.linspace(0.5, 1.5, 61, dtype=torch.float64)  # any smooth function of all valid logits
+    return (output.logits.log_softmax(-1)[mask.bool()] * weights).mean()
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).abs().max() <= 1e-10 * scale, name
+
+
+@settings(max_examples=25)
+@given(case=cases(), gradient=st.sampled_from(["full", "truncated"]))
+def test_checkpointed_gradients_equal_plain_ones(case: Case, gradient: str) -> None:
+    """Every adapter parameter gets one, and recomputing segments in the backward pass does not change it."""
+    model = with_adapter(tiny_model(case.family, seed=case.seed), **case.config, gradient=gradient).train()
+    loss = loss_of(case, model)
+    plain = gradients(model, loss)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if case.config["num_global_tokens"]:
+        assert plain.keys() == trainable
+    model.gradient_checkpointing_enable()
+    loss = loss_of(case, model)
+    assert_same(gradients(model, loss), plain)
+
+
+@pytest.mark.parametrize("update", ["sum", "delta"])
+def test_truncated_gradients_equal_detaching_by_hand(update: str) -> None:
+    """Cached keys and values are constants at segment borders; the chain of states is not."""
+    config = dict(window_size=6, state_update=update, eviction_ratio=0.5)
+    model = with_adapter(tiny_model("llama"), **config, gradient="truncated").train()
+    ids = torch.randint(3, 61, (2, 25), generator=torch.Generator().manual_seed(0))
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits[:, 5:-1].flatten(0, 1), ids[:, 6:].flatten())
+
+    truncated = gradients(model, loss(model(input_ids=ids, prompt_lengths=5).logits))
+    cache, logits, start = PTECache(), [], 0
+    for size in [5, 6] + [3] * 4 + [2]:
+        logits.append(model(input_ids=ids[:, start : start + size], past_key_values=cache).logits)
+        start += size
+        if size != 5:  # the prompt and the first window are one segment
+            for layer in cache.layers:
+                layer.key_slots.data = layer.key_slots.data.detach()
+                layer.value_slots.data = layer.value_slots.data.detach()
+    assert_same(gradients(model, loss(torch.cat(logits, dim=1))), truncated)
+    full = with_adapter(tiny_model("llama"), **config, gradient="full").train()
+    exact = gradients(full, loss(full(input_ids=ids, prompt_lengths=5).logits))
+    assert any((exact[name] - truncated[name]).abs().max() > 1e-6 for name in exact)
+
+
+@settings(max_examples=10)
+@given(case=cases(equal=True))
+def test_gradients_through_a_cache_equal_the_replay(case: Case) -> None:
+    """A cache that is fed under autograd gives the same gradients as the replay."""
+    model = with_adapter(tiny_model(case.family, seed=case.seed), **case.config)
+    ids, mask = left_padded(case)
+    width = max(case.prompts)
+    replayed = model(input_ids=ids, attention_mask=mask, prompt_lengths=width).logits
+    expected = gradients(model, replayed[mask.bool()].log_softmax(-1).square().mean())
+    cached = model(input_ids=ids, attention_mask=mask, prompt_lengths=width, use_cache=True)
+    assert isinstance(cached.past_key_values, PTECache)
+    assert relative_error(cached.logits[mask.bool()], replayed[mask.bool()]) <= 1e-10
+    assert_same(gradients(model, cached.logits[mask.bool()].log_softmax(-1).square().mean()), expected)
+
+
+def test_borders_are_found_in_the_call() -> None:
+    model = with_adapter(tiny_model("llama"), window_size=4)
+    ids = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :6] = -100
+    labels[0, 9:12] = -100  # later masks (tool results, say) do not move the border
+    with torch.no_grad():
+        expected = model(input_ids=ids, prompt_lengths=6).logits
+        assert torch.equal(model(input_ids=ids, labels=labels).logits, expected)
+        assert torch.equal(model(input_ids=ids, logits_to_keep=15).logits, expected[:, -15:])
+        assert torch.equal(model(input_ids=ids, prompt_lengths=torch.tensor([6, 6])).logits, expected)
+        labels[1] = -100  # a row without labels takes the batch's minimum
+        assert torch.equal(model(input_ids=ids, labels=labels).logits, expected)
+        hidden = model(input_ids=ids, prompt_lengths=6, output_hidden_states=True).hidden_states
+        assert [h.shape for h in hidden] == [(2, 20, 32)] * 3
+        as_tuple = model(input_ids=ids, prompt_lengths=6, return_dict=False)
+        assert torch.equal(as_tuple[0], expected)
+
+
+def test_loss_on_everything_warns() -> None:
+    model = with_adapter(tiny_model("llama"), window_size=4)
+    ids = torch.randint(3, 61, (2, 20))
+    with pytest.warns(UserWarning, match="keeps no prompt"):
+        model(input_ids=ids, labels=ids)
+
+
+# -------------------------------------------------------------------------------------------------------- the Trainer
+
+
+class Recall(torch.utils.data.Dataset):
+    """Sequences whose second half repeats the first; completion-only labels."""
+
+    def __init__(self, size: int = 64):
+        generator = torch.Generator().manual_seed(0)
+        first = torch.randint(3, 20, (size, 12), generator=generator)
+        self.ids = torch.cat([torch.full((size, 4), 1), first, first], dim=1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        labels = self.ids[index].clone()
+        labels[:4] = -100
+        return dict(input_ids=self.ids[index], labels=labels)
+
+
+def trainer(config, folder: Path, **options) -> Trainer:
+    """A plain script; `config` is the only line in which LoRA and PTE differ."""
+    model = get_peft_model(tiny_model("llama", torch.float32), config)
+    settings = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        max_steps=12,
+        save_steps=6,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        seed=0,
+        disable_tqdm=True,
+    )
+    return Trainer(model, TrainingArguments(**(settings | options)), train_dataset=Recall(), eval_dataset=Recall(8))
+
+
+def losses(run: Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+PTE = PTEConfig(task_type="CAUSAL_LM", r=8, window_size=6, num_global_tokens=4, pte_dropout=0.1)
+
+
+def test_trainer_script_differs_from_lora_in_one_line(tmp_path: Path) -> None:
+    lora = trainer(LoraConfig(task_type="CAUSAL_LM", r=8), tmp_path / "lora")
+    lora.train()
+    whole = trainer(PTE, tmp_path / "pte", gradient_checkpointing=True)
+    whole.train()
+    whole.save_model(str(tmp_path / "adapter"))
+    for run in (lora, whole):
+        assert sum(losses(run)[-3:]) < sum(losses(run)[:3])
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert any("thought_encoder.pte_key" in key for key in file.keys())  # noqa: SIM118 (safe_open is no dict)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "PTE"
+
+    # Resumed in the middle: the same losses and the same adapter.
+    resumed = trainer(PTE, tmp_path / "pte2", gradient_checkpointing=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "pte" / "checkpoint-6"))
+    assert losses(resumed)[-6:] == losses(whole)[-6:]
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
+        assert torch.equal(a, b), name
+
+    # Evaluation replays the same policy, and the loaded adapter is the trained one.
+    loaded = PeftModel.from_pretrained(tiny_model("llama", torch.float32), tmp_path / "adapter")
+    batch = {k: torch.stack([Recall(8)[i][k] for i in range(8)]) for k in ("input_ids", "labels")}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).loss.item(), whole.evaluate()["eval_loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_does_not_change_training(tmp_path: Path) -> None:
+    runs = []
+    for flag in (False, True):  # one after the other: both draw their dropout from the global generator
+        runs.append(trainer(PTE, tmp_path / str(flag), max_steps=3, gradient_checkpointing=flag))
+        runs[-1].train()
+    torch.testing.assert_close(losses(runs[0]), losses(runs[1]), rtol=1e-6, atol=0)
+
+
+def test_bf16_autocast_keeps_states_in_float32() -> None:
+    model = with_adapter(tiny_model("llama", torch.float32), window_size=6).train()
+    ids = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(0))
+    exact = model(input_ids=ids, prompt_lengths=5).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(input_ids=ids, prompt_lengths=5, use_cache=True)
+    assert output.past_key_values.layers[0].states["default"].dtype == torch.float32
+    assert relative_error(output.logits.float(), exact) < 0.2
+    output.logits.float().logsumexp(-1).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
