@@ -139,16 +139,17 @@ class ThoughtEncoder(nn.Module, PTELayer):
         keys = evicted.positions.take_out(attention, evicted.keys.to(dtype), rule.encode_keys)
         keys = self.pte_key[name](keys.transpose(1, 2).flatten(2))  # [B, m, r]
         values = self.pte_value[name](evicted.values.transpose(1, 2).flatten(2))
+        valid = None if evicted.valid is None else evicted.valid.to(keys.device)
         if rule.update == "delta":
-            return delta_update(core, keys, values, evicted.valid)
+            return delta_update(core, keys, values, valid)
         if rule.norm == "write":
-            added = self._query(name) @ sum_update(torch.zeros_like(core), keys, values, evicted.valid)
+            added = self._query(name) @ sum_update(torch.zeros_like(core), keys, values, valid)
             written = normalize_state(core + added, rule.norm_type)
-            if evicted.valid is None:
+            if valid is None:
                 return written
             # A row that evicts nothing is not written at all.
-            return torch.where(evicted.valid.any(-1)[:, None, None], written, core)
-        return sum_update(core, keys, values, evicted.valid)
+            return torch.where(valid.any(-1)[:, None, None], written, core)
+        return sum_update(core, keys, values, valid)
 
     def read(self, name: str, core: torch.Tensor) -> torch.Tensor:
         """The state S [B, r, r] that the projections use."""

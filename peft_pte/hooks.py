@@ -81,9 +81,10 @@ def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     attachment = top.pte_attachment
     prompt_lengths = kwargs.pop("prompt_lengths", None)
     border = None
-    if attachment.active()[0] is not None:
+    policy, _ = attachment.active()
+    if policy is not None:
         call = {**dict(zip(list(signature(type(top).forward).parameters)[1:], args)), **kwargs}
-        border = border_of(call, prompt_lengths)
+        border = border_of(call, prompt_lengths, keeps_prompt=policy.retained_prefix == "prompt")
     current_border.set((attachment.decoder, border))
     return args, kwargs
 
@@ -93,7 +94,7 @@ def forget_border(top: nn.Module, args: tuple, output: Any) -> None:
     current_border.set(None)
 
 
-def border_of(call: dict[str, Any], prompt_lengths: Any) -> torch.Tensor | None:
+def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> torch.Tensor | None:
     """The caller's column of each row's first thought, [B], or None if the call does not say.
 
     In this order: `prompt_lengths`; the first label that is not -100 (a row without any takes the batch's minimum); an
@@ -127,7 +128,7 @@ def border_of(call: dict[str, Any], prompt_lengths: Any) -> torch.Tensor | None:
             return None
         border = torch.where(first == length, first.min(), first)
         mask = call.get("attention_mask")
-        if mask is None or mask.ndim == 2:
+        if keeps_prompt and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
             num_prompt = border if mask is None else mask[:, :length].to(x.device).cumsum(-1).gather(1, border[:, None])
             if bool((num_prompt <= (mask is not None)).all()):
                 warnings.warn(
@@ -261,6 +262,11 @@ def positions_of(
     Positions counted over padding would make a left-padded row another policy than the same row alone.
     """
     if position_ids is not None:
+        if position_ids.ndim != 2 or position_ids.shape[1] != length:
+            raise ValueError(
+                f"`position_ids` has shape {tuple(position_ids.shape)}, but PTE needs one position for each of the "
+                f"{length} tokens of a row: [batch, {length}]."
+            )
         return position_ids.to(device)
     if mask is not None:
         return (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]

@@ -11,7 +11,11 @@ from torch import nn
 
 def rotation_of(attention: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
     """The `apply_rotary_pos_emb(q, k, cos, sin)` that this attention module uses, if its modeling file has one."""
-    return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    for cls in type(attention).__mro__:  # FSDP2 puts a class of its own in front
+        rotation = getattr(sys.modules[cls.__module__], "apply_rotary_pos_emb", None)
+        if rotation is not None:
+            return rotation
+    return None
 
 
 class KeyPositions:
