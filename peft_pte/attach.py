@@ -13,6 +13,8 @@ from .encoder import ENCODER_NAME, ThoughtEncoder
 from .generation import GENERATION_METHODS
 from .hooks import Attachment, around_decoder, find_border, forget_border, hand_over_state, take_state_back
 
+MODEL_TAGS = ["pte", "peft_pte"]
+
 
 def wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
     """Put `around(module, original, *args, **kwargs)` in front of `module.<name>`, for this instance only.
@@ -52,6 +54,8 @@ def attach(top: nn.Module, decoder: nn.Module) -> Attachment:
             top.register_forward_hook(forget_border, always_call=True),
         ]
         top.pte_attachment = decoder.pte_attachment = attachment
+        if hasattr(top, "add_model_tags"):  # for the model card
+            top.add_model_tags(MODEL_TAGS)
         wrap(decoder, "forward", around_decoder)
         for name, around in GENERATION_METHODS.items():
             if hasattr(top, name):
@@ -82,3 +86,5 @@ def detach(decoder: nn.Module) -> None:
         unwrap(attachment.top, name)
     for module in {attachment.top, decoder}:
         del module.pte_attachment
+    if hasattr(attachment.top, "add_model_tags"):
+        attachment.top.model_tags = [tag for tag in attachment.top.model_tags if tag not in MODEL_TAGS] or None
