@@ -286,13 +286,18 @@ def join_outputs(
     return type(outputs[0])(**result)
 
 
+def flagged_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder and its layers, as far as gradient checkpointing is switched on for them."""
+    return [module for module in (decoder, *decoder.layers) if getattr(module, "gradient_checkpointing", False)]
+
+
 def checkpoints_layers(decoder: nn.Module) -> bool:
     """Whether gradient checkpointing was switched on for the model.
 
     Raises:
         ValueError: it was switched on in its reentrant form.
     """
-    flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    flagged = flagged_modules(decoder)
     for module in flagged:
         if getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant"):
             raise ValueError(
@@ -308,7 +313,7 @@ def layer_checkpointing_off(decoder: nn.Module) -> Iterator[None]:
 
     A checkpointed layer drops its cache, and with it the thoughts. The replay checkpoints whole segments instead.
     """
-    flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    flagged = flagged_modules(decoder)
     for module in flagged:
         module.gradient_checkpointing = False
     try:
