@@ -74,7 +74,7 @@ def test_load_twice_under_two_names(saved: tuple[Path, torch.Tensor]) -> None:
     model = with_adapter(AutoModelForCausalLM.from_pretrained(folder / "base", dtype="float32"), seed=9, window_size=8)
     own = logits(model)
     model.load_adapter(folder / "adapter", "loaded")
-    assert torch.equal(logits(model), own)
+    assert relative_error(logits(model), own) <= 1e-5
     model.set_adapter("loaded")
     assert relative_error(logits(model), expected) <= 1e-5
     model.delete_adapter("default")
