@@ -87,4 +87,6 @@ def detach(decoder: nn.Module) -> None:
     for module in {attachment.top, decoder}:
         del module.pte_attachment
     if hasattr(attachment.top, "add_model_tags"):
-        attachment.top.model_tags = [tag for tag in attachment.top.model_tags if tag not in MODEL_TAGS] or None
+        attachment.top.model_tags = [tag for tag in attachment.top.model_tags if tag not in MODEL_TAGS]
+        if not attachment.top.model_tags:
+            del attachment.top.model_tags  # the class has the default

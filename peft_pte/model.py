@@ -73,12 +73,13 @@ class PTEModel(BaseTuner):
                 "state belongs to an attention layer. Leave `target_modules` out to adapt all of them."
             )
         attentions = set(attention_modules(decoder).values())
+        layers = [module for module in model.modules() if isinstance(module, PTELayer)]
+        of_other_adapters = {part for layer in layers for part in layer.modules() if part is not layer}
+        of_other_adapters |= {layer for layer in layers if isinstance(layer, ThoughtEncoder)}
         for key, module in model.named_modules():
-            if not key or not self._check_target_module_exists(peft_config, key):
+            if not key or module in of_other_adapters or not self._check_target_module_exists(peft_config, key):
                 continue
             parent = model.get_submodule(key.rpartition(".")[0])
-            if isinstance(module, ThoughtEncoder) or isinstance(parent, PTELayer):
-                continue  # a part of another adapter
             if parent not in attentions:
                 raise ValueError(
                     f"PTEConfig: `target_modules` matches '{key}', which is not a projection of an attention module. "
@@ -122,6 +123,13 @@ class PTEModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Only that: new layers are on their device already, and they and the unloaded ones have their weights.
+
+        PEFT's default assigns the child's weight, which on unload fails with `trainable_token_indices`.
+        """
+        setattr(parent, child_name, new_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from all layers."""
