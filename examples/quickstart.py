@@ -164,6 +164,8 @@ class JsonLines:
                 raise SystemExit(f"{options.data}, line {number}: needs the fields 'prompt' and 'completion'.")
             prompt = self.tokenizer(row["prompt"]).input_ids
             completion = self.tokenizer(row["completion"], add_special_tokens=False).input_ids
+            if not prompt or not completion:
+                raise SystemExit(f"{options.data}, line {number}: prompt and completion must have tokens.")
             rows.append((prompt, completion[: options.max_length - len(prompt)] + [self.tokenizer.eos_token_id]))
         held_out = max(1, len(rows) // 10)
         self.held_out, self.rows = rows[:held_out], rows[held_out:] or rows
@@ -313,11 +315,11 @@ def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for row in rows:
-        axes[0].plot(list(row["scores"]), list(row["scores"].values()), marker="o", label=row["arm"])
+    for row, color in zip(rows, ("tab:gray", "tab:blue", "tab:orange", "tab:red")):
+        axes[0].plot(list(row["scores"]), list(row["scores"].values()), marker="o", label=row["arm"], color=color)
         if row.get("loss"):
             smooth = torch.tensor(row["loss"]).unfold(0, min(20, len(row["loss"])), 1).mean(-1)
-            axes[1].plot(smooth, label=row["arm"])
+            axes[1].plot(smooth, label=row["arm"], color=color)
     axes[0].set(title="past the window", ylabel=metric)
     axes[1].set(title="training loss", xlabel="step")
     for axis in axes:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, decode, relative_error, tiny_model, with_adapter
+from models import FAMILIES, RELATIVES, decode, relative_error, tiny_model, with_adapter
 from peft import get_peft_model
 
 from peft_pte import PTEConfig
+from peft_pte.families import attention_modules
+from peft_pte.rotary import KeyPositions
 from peft_pte.state import DELTA_BLOCK, delta_update, normalize_state, sum_update, unit_rows
 
 
@@ -85,6 +87,49 @@ def test_norms() -> None:
     torch.testing.assert_close(unit_rows(frobenius), unit_rows(state))
     assert not normalize_state(torch.zeros(1, 3, 3), "row").any()
     assert not normalize_state(torch.zeros(1, 3, 3), "frobenius").any()
+
+
+# --------------------------------------------------------------------------------------------------- rotary positions
+
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=1e4,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+
+
+@pytest.mark.parametrize(
+    "family, rope",
+    [(family, None) for family in (*FAMILIES, *RELATIVES)]
+    + [("llama", YARN), ("llama", LLAMA3), ("phi3", PARTIAL), ("glm4", PARTIAL)],
+)
+def test_positions_are_taken_out_of_cached_keys(family: str, rope: dict | None) -> None:
+    """The family's own rotation, undone: also scaled (YaRN), partial, interleaved, and layers without one."""
+    base = tiny_model(family, torch.float32, **({} if rope is None else dict(rope_parameters=rope))).double()
+    decoder = base.model
+    ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        shifted = base(input_ids=ids, position_ids=torch.arange(9)[None] + 50).past_key_values
+        at_zero = base(input_ids=ids, position_ids=torch.zeros(2, 9, dtype=torch.long)).past_key_values
+    positions = KeyPositions(decoder.rotary_emb, (torch.arange(9) + 50).expand(2, -1))
+    layer = 0  # both runs see the same input in the first layer only
+    attention = next(iter(attention_modules(decoder).values()))
+    keys = shifted.layers[layer].keys
+    taken_out = positions.take_out(attention, keys, "pre_rope")
+    scaling = float(getattr(decoder.rotary_emb, "attention_scaling", 1.0))
+    rotary_dim = positions.rotary_emb(keys, positions.positions)[0].shape[-1]
+    at_zero = at_zero.layers[layer].keys.clone()
+    if getattr(attention, "use_rope", True):
+        at_zero[..., :rotary_dim] /= scaling  # cos(0) = scaling
+    torch.testing.assert_close(taken_out, at_zero, rtol=1e-5, atol=1e-5)
+    assert torch.equal(positions.take_out(attention, keys, "post_rope"), keys)
+    if rope is YARN:
+        assert scaling != 1
 
 
 # ------------------------------------------------------------------------------------------------ window not reached
