@@ -352,7 +352,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="checkpoint, id or path (default: train a small Llama)")
     parser.add_argument("--data", help='JSON lines with "prompt" and "completion", for --model')
     parser.add_argument("--output", default="outputs/quickstart", help="folder for results and adapter")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=32)

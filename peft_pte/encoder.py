@@ -144,11 +144,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
             return delta_update(core, keys, values, valid)
         if rule.norm == "write":
             added = self._query(name) @ sum_update(torch.zeros_like(core), keys, values, valid)
-            written = normalize_state(core + added, rule.norm_type)
-            if valid is None:
-                return written
-            # A row that evicts nothing is not written at all.
-            return torch.where(valid.any(-1)[:, None, None], written, core)
+            return normalize_state(core + added, rule.norm_type)
         return sum_update(core, keys, values, valid)
 
     def read(self, name: str, core: torch.Tensor) -> torch.Tensor:
@@ -157,7 +153,14 @@ class ThoughtEncoder(nn.Module, PTELayer):
         if rule.norm == "write":
             return core
         state = self._initial_state(name)
-        state = state.expand_as(core) if rule.update == "none" else state + self._query(name) @ core
+        if rule.update == "none":
+            state = state.expand_as(core)
+        elif rule.update == "delta":
+            # Values on the side of A, keys on the side of B: S (B x) asks M with Q^T B x as the query and gets values,
+            # which is what the rule stores them for. The paper's order, which the sum keeps, asks values for keys.
+            state = state + (self._query(name) @ core).mT
+        else:
+            state = state + self._query(name) @ core
         return normalize_state(state, rule.norm_type) if rule.norm == "read" else state
 
     def advance(

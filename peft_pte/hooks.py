@@ -11,6 +11,7 @@ variable, because callers such as fused loss heads call the decoder on their own
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache import PTECache
 from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
+from .heads import as_output, current_head, current_hidden, next_token_targets, token_logprobs
 from .layer import Linear
 from .replay import join_outputs, layer_checkpointing_off, replay
 
@@ -82,9 +84,9 @@ def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     prompt_lengths = kwargs.pop("prompt_lengths", None)
     border = None
     policy, _ = attachment.active()
-    if policy is not None:
+    if policy is not None or current_head.get() is not None:
         call = {**dict(zip(list(signature(type(top).forward).parameters)[1:], args)), **kwargs}
-        border = border_of(call, prompt_lengths, keeps_prompt=policy.retained_prefix == "prompt")
+        border = border_of(call, prompt_lengths, keeps_prompt=policy is not None and policy.retained_prefix == "prompt")
     current_border.set((attachment.decoder, border))
     return args, kwargs
 
@@ -148,17 +150,27 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
 
 def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward under the bounded cache: with a cache, step by step; without, as a replay."""
+    if current_hidden.get() is not None:  # a head asks the top model for the logits of these
+        return BaseModelOutputWithPast(last_hidden_state=current_hidden.get())
     kwargs.update(zip(list(signature(type(decoder).forward).parameters)[1:], args))
     attachment = getattr(decoder, "pte_attachment", None)
     policy, adapters = attachment.active() if attachment is not None else (None, ())
     cache = kwargs.pop("past_key_values", None)
+    noted, prompt, wanted = current_border.get(), current_prompt.get(), current_head.get()
+    border = noted[1] if noted is not None and noted[0] is decoder else None
     if policy is None:
         if isinstance(cache, PTECache) and cache.is_bound:
             raise ValueError(
                 "The PTE adapter is off, but `past_key_values` was filled with it on. The base model cannot go on "
                 "from a bounded cache: start a new one."
             )
-        return original(past_key_values=cache, **kwargs)
+        output = original(past_key_values=cache, **kwargs)
+        if wanted is None or attachment is None:
+            return output
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        targets = next_token_targets(ids, torch.ones_like(ids).bool() if mask is None else mask.bool(), border)
+        hidden_states = output.last_hidden_state
+        return as_output(hidden_states, *token_logprobs(attachment.top, wanted.temperature, hidden_states, *targets))
     refuse_arguments(kwargs)
     inputs = {name: kwargs.pop(name) for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
     for name in ("input_ids", "inputs_embeds"):
@@ -168,8 +180,6 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     (x,) = inputs.values()
     batch_size, length = x.shape[:2]
 
-    noted, prompt = current_border.get(), current_prompt.get()
-    border = noted[1] if noted is not None and noted[0] is decoder else None
     prompt_length = prompt[1] if prompt is not None and prompt[0] is decoder else None
     explicit_cache = kwargs.pop("use_cache", None)
     use_cache = decoder.config.use_cache if explicit_cache is None else explicit_cache
@@ -200,11 +210,13 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         if border is None and policy.retained_prefix == "prompt":
             if needs_border:
                 raise ValueError(error)
-            border = torch.full((batch_size,), length, device=x.device)
+            # Nothing will be evicted, so the whole row may count as prompt; a head is then asked for all of it.
+            border = torch.full((batch_size,), length if wanted is None else 0, device=x.device)
         mask = kwargs.pop("attention_mask", None)
         positions = positions_of(kwargs.pop("position_ids", None), mask, length, 0, x.device)
         refuse_packing(positions, mask)
-        output = replay(decoder, original, policy, border, inputs, mask, positions, **kwargs)
+        head = None if wanted is None else functools.partial(token_logprobs, attachment.top, wanted.temperature)
+        output = replay(decoder, original, policy, border, head, inputs, mask, positions, **kwargs)
     return output if return_dict is not False else output.to_tuple()
 
 

@@ -7,6 +7,7 @@ through the chain of states. `run_segment` is the one place where a segment is c
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .config import CachePolicy
 from .encoder import Evicted, ThoughtEncoder
+from .heads import Head, as_output, next_token_targets
 from .rotary import KeyPositions
 from .schedule import Schedule
+
+# With checkpointing, the first segment (prompt and window) is computed in pieces of the later segments' length, so that
+# the peak does not depend on it; but not in pieces shorter than this.
+SHORTEST_PIECE = 128
 
 Chunk = tuple[torch.Tensor, torch.Tensor]  # keys and values [B, H_kv, m, head_dim] of neighbouring tokens
 
@@ -156,6 +162,11 @@ class LayerPast:
         keys, values = zip(*taken)
         return (torch.cat(keys, dim=-2), torch.cat(values, dim=-2)) if len(taken) > 1 else taken[0]
 
+    def detach(self) -> None:
+        """Make cached keys and values constants (`gradient="truncated"`); the chain of states keeps its gradient."""
+        for chunks in (self.prefix, self.thoughts):
+            chunks[:] = [(keys.detach(), values.detach()) for keys, values in chunks]
+
     def add(self, new: Chunk, num_prefix: int) -> None:
         """Append a segment's keys and values, of which the first `num_prefix` belong to the prefix."""
         keys, values = new
@@ -170,6 +181,7 @@ def replay(
     forward: Callable[..., BaseModelOutputWithPast],
     policy: CachePolicy,
     border: torch.Tensor | None,
+    head: Head | None,
     inputs: dict[str, torch.Tensor],
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -181,6 +193,7 @@ def replay(
         decoder, forward: the Hugging Face decoder and its own forward.
         policy: of the active adapters.
         border: [B], the caller's column of each row's first thought; may be None for an integer prefix.
+        head: turns a segment's hidden states into per-token results; None: hidden states are what is wanted.
         inputs: `{"input_ids": [B, T]}` or `{"inputs_embeds": [B, T, D]}`.
         attention_mask: [B, T] or None. position_ids: [B or 1, T] or None (then counted along the mask).
 
@@ -197,14 +210,21 @@ def replay(
         valid = attention_mask.to(x.device).bool()
     layout = Layout.create(valid, border, policy)
     schedule = Schedule.create(layout.window, policy.eviction_ratio)
-    inputs = {name: layout.place(tensor) for name, tensor in inputs.items()}
     positions = layout.place(position_ids.expand(batch_size, -1))
     mask = None if bool(layout.valid.all()) else layout.valid
+    targets = ()
+    if head is not None:
+        targets = tuple(layout.place(x) for x in next_token_targets(inputs["input_ids"], valid, border))
+    inputs = {name: layout.place(tensor) for name, tensor in inputs.items()}
     past = [LayerPast() for _ in range(decoder.config.num_hidden_layers)]
     num_evicted, outputs = 0, []
-    for start, end, evict in schedule.segments(layout.prefix, layout.valid.shape[1]):
+    longest = max(schedule.num_evicted, SHORTEST_PIECE) if checkpointing else None
+    for start, end, evict in schedule.segments(layout.prefix, layout.valid.shape[1], longest):
         evicted: list[Evicted | None] = [None] * len(past)
         if evict:
+            if policy.gradient == "truncated":
+                for layer in past:
+                    layer.detach()
             first = layout.prefix + num_evicted
             columns = slice(first, first + schedule.num_evicted)
             key_positions = KeyPositions(decoder.rotary_emb, positions[:, columns])
@@ -223,23 +243,28 @@ def replay(
             attention_mask=segment_mask,
             position_ids=positions[:, start:end],
         )
-        arguments = (decoder, forward, layers, start, segment_kwargs)
+        segment_head = head and functools.partial(
+            head, targets=targets[0][:, start:end], needed=targets[1][:, start:end]
+        )
+        arguments = (decoder, forward, segment_head, layers, start, segment_kwargs)
         if checkpointing:
             output, new, cores = checkpoint(run_segment, *arguments, use_reentrant=False)
         else:
             output, new, cores = run_segment(*arguments)
         outputs.append(output)
-        for layer, (keys, values), layer_cores in zip(past, new, cores):
-            if policy.gradient == "truncated":  # constants at segment borders; the chain of states stays
-                keys, values = keys.detach(), values.detach()
-            layer.add((keys, values), max(0, min(end, layout.prefix) - start))
+        for layer, chunk, layer_cores in zip(past, new, cores):
+            layer.add(chunk, max(0, min(end, layout.prefix) - start))
             layer.cores = layer_cores
+    if head is not None:
+        results = (torch.cat(parts, dim=1) for parts in zip(*(output.hidden_states for output in outputs)))
+        return as_output(outputs[0].last_hidden_state, *(layout.restore(x, length) for x in results))
     return join_outputs(outputs, lambda joined: layout.restore(joined, length))
 
 
 def run_segment(
     decoder: nn.Module,
     forward: Callable[..., BaseModelOutputWithPast],
+    head: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
     layers: list[tuple[tuple[Chunk, ...], dict[str, torch.Tensor], Evicted | None]],
     num_seen: int,
     kwargs: dict[str, Any],
@@ -249,6 +274,11 @@ def run_segment(
     with layer_checkpointing_off(decoder):
         output = forward(past_key_values=cache, use_cache=False, **kwargs)
     output.past_key_values = None  # else the outputs would keep every segment's past alive
+    if head is not None:
+        logprobs, entropy = head(output.last_hidden_state)
+        # A clone, because a slice would keep the hidden states of the whole segment alive.
+        output = BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state[:, :1].clone())
+        output.hidden_states = (logprobs, entropy)
     return output, [layer.new for layer in cache.layers], [layer.new_cores for layer in cache.layers]
 
 

@@ -41,14 +41,17 @@ class Schedule:
         """How many tokens can be stored before the next eviction."""
         return self.window - num_thoughts
 
-    def segments(self, prefix: int, length: int) -> Iterator[Segment]:
-        """Split `length` columns, of which the first `prefix` are kept for ever, at the evictions."""
+    def segments(self, prefix: int, length: int, longest: int | None = None) -> Iterator[Segment]:
+        """Split `length` columns, of which the first `prefix` are kept for ever, at the evictions.
+
+        `longest`: split further, so that no segment is longer; the state is constant between evictions.
+        """
         start, num_thoughts = 0, -prefix
         while start < length:
             evict = self.is_full(num_thoughts)
             if evict:
                 num_thoughts -= self.num_evicted
-            end = min(length, start + self.room(num_thoughts))
+            end = min(length, start + self.room(num_thoughts), start + (longest or length))
             yield Segment(start, end, evict)
             num_thoughts += end - start
             start = end

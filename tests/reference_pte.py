@@ -151,8 +151,9 @@ class ThoughtState:
     def read(self) -> Tensor:
         """S as the projections use it."""
         if self.update == "delta":
-            # The rule bounds M by itself, given unit rows of Q and S_0; so these have unit rows always.
-            state = normalize_rows(self.initial) + normalize_rows(self.query) @ self.core
+            # The rule bounds M by itself, given unit rows of Q and S_0; so these have unit rows always. Transposed, S
+            # answers B x, seen as a query through Q^T, with the values that were stored under keys.
+            state = normalize_rows(self.initial) + (normalize_rows(self.query) @ self.core).T
         elif self.norm == "write":
             return self.written
         else:

@@ -1,0 +1,240 @@
+"""Memory of one training step against the length of the sequence: LoRA with a full cache, and PTE.
+
+    python benchmarks/memory.py                                    # CPU, exact bytes, about 5 minutes
+    python benchmarks/memory.py --device cuda --shape qwen2.5-3b   # GPU, by the allocator
+    python benchmarks/memory.py --plot benchmarks/results/memory_cpu.csv
+
+On the CPU every storage that an operation makes is counted until it is freed, so the figures are exact and repeatable:
+`saved` is what is alive after the forward (beyond parameters and inputs), `peak` the most during forward and backward.
+On a GPU they are the allocator's. Weights are random; B = 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from peft_pte import PTEConfig, sequence_logprobs
+
+PROMPT = 64
+SHAPES: dict[str, Callable[[], torch.nn.Module]] = {
+    "small": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=2048,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=65536,
+        )
+    ),
+    "qwen2.5-3b": lambda: Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            max_position_embeddings=131072,
+            tie_word_embeddings=True,
+        )
+    ),
+    "qwen2.5-7b": lambda: Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            max_position_embeddings=131072,
+        )
+    ),
+    "llama-8b": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+        )
+    ),
+}
+# Name: (adapter, gradient checkpointing, log-probability head instead of logits).
+ARMS: dict[str, tuple[str, bool, bool]] = {
+    "LoRA, full cache": ("lora", False, False),
+    "LoRA, full cache, checkpointed": ("lora", True, False),
+    "PTE": ("full", False, False),
+    "PTE, head": ("full", False, True),
+    "PTE, checkpointed": ("full", True, False),
+    "PTE, checkpointed, head": ("full", True, True),
+    "PTE, truncated, checkpointed, head": ("truncated", True, True),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.live = self.peak = 0
+
+    def _free(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in before or key in self.sizes:  # a view, or written in place
+                continue
+            self.sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, key)
+        return out
+
+
+def make_model(shape: str, adapter: str, checkpointing: bool, window: int, device: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.device(device):
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        old = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        base = SHAPES[shape]()
+        torch.set_default_dtype(old)
+    if adapter == "lora":
+        config = LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    else:
+        config = PTEConfig(task_type="CAUSAL_LM", window_size=window, gradient=adapter)
+    model = get_peft_model(base, config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def measure(arm: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One forward and backward; bytes beyond what was there before."""
+    adapter, checkpointing, head = ARMS[arm]
+    model = make_model(options.shape, adapter, checkpointing, options.window_size, options.device)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device=options.device)
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+
+    def loss() -> torch.Tensor:
+        if head:
+            return -sequence_logprobs(model, ids, prompt_lengths=PROMPT)[0].sum() / (length - PROMPT)
+        return model(input_ids=ids, labels=labels, use_cache=False).loss
+
+    start = time.time()
+    if options.device == "cuda":
+        loss().backward()  # gradients exist, and what is built on first use
+        torch.cuda.synchronize()
+        before, start = torch.cuda.memory_allocated(), time.time()
+        torch.cuda.reset_peak_memory_stats()
+        value = loss()
+        saved = torch.cuda.memory_allocated() - before
+        value.backward()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with LiveBytes() as bytes_now:
+            value = loss()
+            saved = bytes_now.live
+            value.backward()
+        peak = bytes_now.peak
+    return dict(arm=arm, length=length, saved_bytes=saved, peak_bytes=peak, seconds=round(time.time() - start, 2))
+
+
+def plot(path: Path) -> None:
+    """Peak and saved bytes against length, next to the CSV."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = list(csv.DictReader(path.open()))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    for axis, column, title in zip(axes, ("saved_bytes", "peak_bytes"), ("alive after the forward", "peak")):
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            points = [(int(row["length"]), int(row[column]) / 2**20) for row in rows if row["arm"] == arm]
+            axis.plot(*zip(*points), marker="o", label=arm)
+        axis.set(title=title, xlabel="tokens", ylabel="MiB", xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--window-size", type=int, default=256)
+    parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--output", type=Path, help="CSV file (default: benchmarks/results/memory_<device>.csv)")
+    parser.add_argument("--plot", type=Path, help="only draw from this CSV file")
+    options = parser.parse_args()
+    if options.plot:
+        return plot(options.plot)
+    folder = Path(__file__).parent
+    output = options.output or folder / "results" / f"memory_{options.device}.csv"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    about = dict(
+        shape=options.shape,
+        window_size=options.window_size,
+        card=torch.cuda.get_device_name() if options.device == "cuda" else platform.machine() + " CPU",
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        peft=peft.__version__,
+        commit=commit.stdout.strip(),
+        command=" ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+    )
+    rows = []
+    for arm in options.only:
+        for length in options.lengths:
+            try:
+                rows.append(measure(arm, length, options) | about)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{arm:<36} {length:>7} out of memory", flush=True)
+                torch.cuda.empty_cache()
+                break
+            row = rows[-1]
+            sizes = f"saved {row['saved_bytes'] / 2**20:9.1f} MiB  peak {row['peak_bytes'] / 2**20:9.1f} MiB"
+            print(f"{arm:<36} {length:>7} {sizes} {row['seconds']:7.2f} s", flush=True)
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(output)
+
+
+if __name__ == "__main__":
+    main()

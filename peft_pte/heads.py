@@ -1,0 +1,153 @@
+"""Per-token log-probabilities and entropy of the policy, without ever holding logits of a whole sequence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# Tokens (of all rows together) whose logits exist at the same time.
+CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class LogProbHead:
+    """What a forward is asked for instead of logits; noted in `current_head` while the model runs."""
+
+    temperature: float
+
+
+current_head: ContextVar[LogProbHead | None] = ContextVar("pte_head", default=None)
+# Hidden states that the decoder hands back at once, so that the model's own code makes the logits of a chunk.
+current_hidden: ContextVar[torch.Tensor | None] = ContextVar("pte_hidden", default=None)
+
+
+def logits_of(top: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The logits [B, q, vocab] that the language model makes of decoder outputs [B, q, D].
+
+    Through the model's own forward, since families scale, cap or cast their logits in their own ways.
+    """
+    token = current_hidden.set(hidden_states)
+    try:
+        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+        return type(top).forward(top, input_ids=ids, use_cache=False, return_dict=True).logits
+    finally:
+        current_hidden.reset(token)
+
+
+def chunk_logprobs(
+    top: nn.Module, temperature: float, hidden_states: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of `targets` [B, q] after `hidden_states` [B, q, D], and entropy, both [B, q] in float32."""
+    logits = logits_of(top, hidden_states)
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature
+    normalizer = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, targets[..., None].to(logits.device))[..., 0] - normalizer
+    with torch.no_grad():
+        entropy = normalizer - (logits * (logits - normalizer[..., None]).exp()).sum(-1)
+    return logprobs, entropy
+
+
+def token_logprobs(
+    top: nn.Module, temperature: float, hidden_states: torch.Tensor, targets: torch.Tensor, needed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `chunk_logprobs` for any number of tokens, chunk by chunk, recomputed in the backward pass.
+
+    `needed` [B, q]: columns that no row needs are left out; the result is zero where it is False.
+    """
+    columns = needed.any(0).nonzero()[:, 0]
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    if not len(columns):
+        zeros = hidden_states.new_zeros(needed.shape, dtype=dtype)
+        return zeros + hidden_states[..., :0].sum(), zeros  # in the graph, so that every process has a backward pass
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    size = max(1, CHUNK_TOKENS // needed.shape[0])
+    run = functools.partial(chunk_logprobs, top, temperature)
+    parts = []
+    for start in range(first, last, size):
+        chunk = slice(start, min(last, start + size))
+        arguments = hidden_states[:, chunk], targets[:, chunk]
+        parts.append(checkpoint(run, *arguments, use_reentrant=False) if torch.is_grad_enabled() else run(*arguments))
+    margin = (first, needed.shape[1] - last)
+    logprobs, entropy = (
+        torch.nn.functional.pad(torch.cat(part, dim=1), margin).masked_fill(~needed, 0) for part in zip(*parts)
+    )
+    return logprobs, entropy
+
+
+Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def next_token_targets(
+    input_ids: torch.Tensor, valid: torch.Tensor, border: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each column: the next token [B, T], and whether it is a thought that is asked for [B, T] (bool)."""
+    targets = input_ids.roll(-1, dims=1)
+    needed = valid & valid.roll(-1, dims=1)
+    needed[:, -1] = False
+    if border is not None:
+        needed &= torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device) >= border[:, None]
+    return targets, needed
+
+
+def as_output(hidden_states: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor) -> BaseModelOutputWithPast:
+    """A decoder output that carries the results through the top model, whose own head then sees one column only.
+
+    Through the output and not beside it, so that FSDP and DDP see what the loss depends on. Results belong to the
+    column before their token and move one to the right here.
+    """
+    logprobs, entropy = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (logprobs, entropy))
+    return BaseModelOutputWithPast(last_hidden_state=hidden_states[:, :1], hidden_states=(logprobs, entropy))
+
+
+def sequence_logprobs(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    prompt_lengths: Any = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies of completions under the model's policy (Eq. 1), differentiable.
+
+    With the adapter on this is the cache-constrained policy of decoding; with it off (`with model.disable_adapter():`)
+    the base model with its full cache, which is the reference policy of Eq. 2. No tensor of logits over the whole
+    sequence exists, forward or backward; switch gradient checkpointing on to keep activations of one segment only.
+
+    Args:
+        model: a model with a PTE adapter, wrapped (PEFT, DDP) or not.
+        input_ids: [B, T], prompts and completions, in any layout.
+        attention_mask: [B, T], 1 for tokens; None: all are tokens.
+        prompt_lengths: [B] or int, the column of each row at which its completion begins (padding counted). None:
+            whole rows are completions, which needs an integer `retained_prefix` or rows that fit into the window.
+        temperature: logits are divided by it.
+
+    Returns:
+        `(logprobs, entropy)`, both [B, T] in the caller's layout, float32 (float64 in float64 models): entry t is for
+        token t given those before it, 0 on prompt and padding. The entropy carries no gradient.
+
+    Raises:
+        ValueError: the temperature is not positive, the model has no PTE adapter, or as the model's forward.
+    """
+    if not temperature > 0:
+        raise ValueError(f"`temperature` is {temperature}, but must be a positive number.")
+    if not any(hasattr(module, "pte_attachment") for module in model.modules()):
+        raise ValueError(f"`model` ({type(model).__name__}) has no PTE adapter: make one with `get_peft_model`.")
+    token = current_head.set(LogProbHead(float(temperature)))
+    try:
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prompt_lengths=prompt_lengths,
+            use_cache=False,
+            return_dict=True,
+        )
+    finally:
+        current_head.reset(token)
+    return output.hidden_states

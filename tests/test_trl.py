@@ -1,0 +1,130 @@
+"""TRL's trainers run with `peft_config=PTEConfig(...)` and no other change, on the policy that was sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from peft_pte import PTECache, PTEConfig, sequence_logprobs
+
+trl = pytest.importorskip("trl", reason="TRL is an optional dependency: pip install peft-pte[trl]")
+datasets = pytest.importorskip("datasets")
+
+PTE = dict(task_type="CAUSAL_LM", r=4, num_global_tokens=3, window_size=8)
+COMMON = dict(per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to="none", logging_steps=1, max_steps=2)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="w0", bos_token="w1", eos_token="w2", padding_side="left"
+    )
+
+
+def base_model() -> torch.nn.Module:
+    return tiny_model("llama", torch.float32, initializer_range=0.1)
+
+
+def prompts() -> Any:
+    """Prompts of different lengths."""
+    rows = [" ".join(f"w{3 + (i * j) % 50}" for j in range(1, 3 + i % 5)) for i in range(16)]
+    return datasets.Dataset.from_list([dict(prompt=row) for row in rows])
+
+
+def reward(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(set(completion.split()))) for completion in completions]
+
+
+class Watch(trl.GRPOTrainer):
+    """Compares the log-probabilities that TRL trains on with those of decoding the same tokens."""
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        border, wanted = inputs["prompt_ids"].shape[1], inputs["completion_mask"].bool()
+        trained = self._get_per_token_logps_and_entropies(model, ids, mask, ids.shape[1] - border)[0]
+        policy = self.accelerator.unwrap_model(model)
+        rollout_mask = mask.clone()
+        rollout_mask[:, border:] = 1  # generate goes on with pads after a row has stopped
+        with torch.no_grad():
+            cache, start, logits = PTECache(), 0, []
+            for end in range(border, ids.shape[1]):
+                step = dict(input_ids=ids[:, start:end], attention_mask=rollout_mask[:, :end], past_key_values=cache)
+                logits.append(policy(**step).logits[:, -1])
+                start = end
+            sampled = torch.stack(logits, dim=1).log_softmax(-1).gather(-1, ids[:, border:, None])[..., 0]
+            own, _ = sequence_logprobs(policy, ids, mask, border)
+            with policy.disable_adapter():
+                reference, _ = sequence_logprobs(policy, ids, mask, border)
+        self.watched.append(
+            dict(
+                ratio=(trained - sampled)[wanted].exp(),
+                own=(trained - own[:, border:])[wanted],
+                reference=(inputs["ref_per_token_logps"] - reference[:, border:])[wanted],
+                lengths=wanted.sum(1).tolist(),
+                prompts=inputs["prompt_mask"].sum(1).tolist(),
+                evicted=cache.num_evicted,
+            )
+        )
+        return super()._compute_loss(model, inputs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_grpo_trains_on_the_policy_that_it_samples(tmp_path: Path, checkpointing: bool) -> None:
+    """Importance ratios are 1 for every token, in rows that stop early and for ragged prompts; the reference policy is
+    the base model with its full cache."""
+    torch.manual_seed(0)
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        num_generations=4,
+        max_completion_length=24,
+        learning_rate=1e-3,
+        beta=0.04,
+        gradient_checkpointing=checkpointing,
+        **COMMON,
+    )
+    trainer = Watch(
+        model=base_model(),
+        processing_class=tokenizer(),
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=prompts(),
+        # A random A that acts, but not one that blows rounding up from step to step.
+        peft_config=PTEConfig(**PTE, init_weights=False, pte_alpha=1),
+    )
+    trainer.watched = []
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert len(trainer.watched) == 2
+    for watched in trainer.watched:
+        assert (watched["ratio"] - 1).abs().max() <= 1e-5
+        assert watched["own"].abs().max() <= 1e-5
+        assert watched["reference"].abs().max() <= 1e-5
+        assert max(watched["evicted"]) > 8 and len(set(watched["prompts"])) > 1
+    assert any(len(set(watched["lengths"])) > 1 for watched in trainer.watched)
+    log = trainer.state.log_history
+    assert all(entry["kl"] > 0 for entry in log if "kl" in entry)
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
+
+
+def test_sft_on_completions(tmp_path: Path) -> None:
+    """Prompt-completion data: loss, token accuracy and entropy are logged, and the loss falls."""
+    rows = [dict(prompt="w5 w6 w7", completion=" ".join(f"w{8 + (i + j) % 4}" for j in range(20))) for i in range(32)]
+    trainer = trl.SFTTrainer(
+        model=base_model(),
+        processing_class=tokenizer(),
+        args=trl.SFTConfig(output_dir=str(tmp_path), learning_rate=3e-2, **(COMMON | dict(max_steps=8))),
+        train_dataset=datasets.Dataset.from_list(rows),
+        peft_config=PTEConfig(**PTE),
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert {"entropy", "mean_token_accuracy"} <= logs[0].keys()
