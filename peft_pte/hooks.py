@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache import PTECache
 from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
-from .heads import as_output, current_head, current_hidden, next_token_targets, token_logprobs
+from .heads import Head, as_output, current_head, current_hidden, next_token_targets, token_logprobs
 from .layer import Linear
 from .replay import join_outputs, layer_checkpointing_off, replay
 
@@ -154,48 +154,41 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         return BaseModelOutputWithPast(last_hidden_state=current_hidden.get())
     kwargs.update(zip(list(signature(type(decoder).forward).parameters)[1:], args))
     attachment = getattr(decoder, "pte_attachment", None)
-    policy, adapters = attachment.active() if attachment is not None else (None, ())
-    cache = kwargs.pop("past_key_values", None)
-    noted, prompt, wanted = current_border.get(), current_prompt.get(), current_head.get()
+    if attachment is None:  # detached, but somebody's wrapper around ours is still there
+        return original(**kwargs)
+    policy, adapters = attachment.active()
+    noted, wanted = current_border.get(), current_head.get()
     border = noted[1] if noted is not None and noted[0] is decoder else None
+    head = None if wanted is None else functools.partial(token_logprobs, attachment.top, wanted.temperature)
     if policy is None:
-        if isinstance(cache, PTECache) and cache.is_bound:
-            raise ValueError(
-                "The PTE adapter is off, but `past_key_values` was filled with it on. The base model cannot go on "
-                "from a bounded cache: start a new one."
-            )
-        output = original(past_key_values=cache, **kwargs)
-        if wanted is None or attachment is None:
-            return output
-        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        targets = next_token_targets(ids, torch.ones_like(ids).bool() if mask is None else mask.bool(), border)
-        hidden_states = output.last_hidden_state
-        return as_output(hidden_states, *token_logprobs(attachment.top, wanted.temperature, hidden_states, *targets))
+        return base_forward(original, border, head, kwargs)
     refuse_arguments(kwargs)
-    inputs = {name: kwargs.pop(name) for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
-    for name in ("input_ids", "inputs_embeds"):
-        kwargs.pop(name, None)
-    if len(inputs) != 1:
-        raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+    inputs = take_inputs(kwargs)
     (x,) = inputs.values()
     batch_size, length = x.shape[:2]
-
-    prompt_length = prompt[1] if prompt is not None and prompt[0] is decoder else None
-    explicit_cache = kwargs.pop("use_cache", None)
-    use_cache = decoder.config.use_cache if explicit_cache is None else explicit_cache
-    needs_border = policy.retained_prefix == "prompt" and (
-        policy.window_size == "prompt" or length > policy.window_size
+    cache, explicit_cache, return_dict = (
+        kwargs.pop(name, None) for name in ("past_key_values", "use_cache", "return_dict")
     )
-    error = UNKNOWN_BORDER.format(length=length, window=policy.window_size)
-
+    kwargs["return_dict"] = True
+    use_cache = decoder.config.use_cache if explicit_cache is None else explicit_cache
+    prompt = current_prompt.get()
+    prompt_length = prompt[1] if prompt is not None and prompt[0] is decoder else None
     if cache is None and border is None and prompt_length is not None and not use_cache:
         border = torch.full((batch_size,), min(prompt_length, length), device=x.device)  # generate(use_cache=False)
-    if cache is None and (border is None or explicit_cache) and use_cache:
-        if border is None and needs_border and not explicit_cache and attachment.trains():
-            raise ValueError(error)
+
+    # Without a border a call with the cache on is a prefill, unless it looks like training. Where nothing is evicted
+    # the border makes no difference.
+    makes_cache = cache is None and use_cache and (border is None or explicit_cache)
+    if cache is None and border is None and policy.retained_prefix == "prompt":
+        fits = policy.window_size != "prompt" and length <= policy.window_size
+        is_prefill = makes_cache and (explicit_cache or not attachment.trains())
+        if not fits and not is_prefill:
+            raise ValueError(UNKNOWN_BORDER.format(length=length, window=policy.window_size))
+        if not makes_cache:
+            # The whole row may count as prompt; a head is asked for all of it.
+            border = torch.full((batch_size,), length if head is None else 0, device=x.device)
+    if makes_cache:
         cache = PTECache()
-    return_dict = kwargs.pop("return_dict", None)
-    kwargs["return_dict"] = True
     if cache is not None:
         cache = PTECache.adopt(cache)
         if border is not None and not cache.is_bound:
@@ -207,17 +200,38 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
             prompt_length = int(border[0])
         output = cached_forward(decoder, original, policy, adapters, cache, prompt_length, inputs, kwargs)
     else:
-        if border is None and policy.retained_prefix == "prompt":
-            if needs_border:
-                raise ValueError(error)
-            # Nothing will be evicted, so the whole row may count as prompt; a head is then asked for all of it.
-            border = torch.full((batch_size,), length if wanted is None else 0, device=x.device)
         mask = kwargs.pop("attention_mask", None)
         positions = positions_of(kwargs.pop("position_ids", None), mask, length, 0, x.device)
         refuse_packing(positions, mask)
-        head = None if wanted is None else functools.partial(token_logprobs, attachment.top, wanted.temperature)
         output = replay(decoder, original, policy, border, head, inputs, mask, positions, **kwargs)
     return output if return_dict is not False else output.to_tuple()
+
+
+def base_forward(
+    original: Callable[..., Any], border: torch.Tensor | None, head: Head | None, kwargs: dict[str, Any]
+) -> Any:
+    """The decoder's own forward, with the adapter off: the base model with its full cache."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, PTECache) and cache.is_bound:
+        raise ValueError(
+            "The PTE adapter is off, but `past_key_values` was filled with it on. The base model cannot go on from a "
+            "bounded cache: start a new one."
+        )
+    output = original(**kwargs)
+    if head is None:
+        return output
+    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+    targets = next_token_targets(ids, torch.ones_like(ids).bool() if mask is None else mask.bool(), border)
+    return as_output(output.last_hidden_state, *head(output.last_hidden_state, *targets))
+
+
+def take_inputs(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Take the one of `input_ids` [B, T] and `inputs_embeds` [B, T, D] that was given out of the call."""
+    given = {name: kwargs.pop(name, None) for name in ("input_ids", "inputs_embeds")}
+    inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+    if len(inputs) != 1:
+        raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+    return inputs
 
 
 def cached_forward(
