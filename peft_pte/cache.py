@@ -149,9 +149,9 @@ class PTECache(DynamicCache):
         Raises:
             ValueError: the cache is of another kind, or not empty.
         """
-        if isinstance(cache, cls):
+        if isinstance(cache, cls) and cache.is_bound:
             return cache
-        plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+        plain = type(cache) in (DynamicCache, cls) and all(type(layer) is DynamicLayer for layer in cache.layers)
         if not plain or getattr(cache, "offloading", False):
             raise ValueError(
                 f"`past_key_values` is a {type(cache).__name__}"
@@ -161,8 +161,8 @@ class PTECache(DynamicCache):
             )
         if cache.get_seq_length():
             raise ValueError(
-                f"`past_key_values` is a DynamicCache that already holds {cache.get_seq_length()} tokens, which were "
-                "computed without PTE. Start from an empty cache, or from one that this PTE model returned."
+                f"`past_key_values` is a {type(cache).__name__} that already holds {cache.get_seq_length()} tokens, "
+                "which were computed without PTE. Start from an empty cache, or from one that this PTE model returned."
             )
         cache.__class__ = cls
         cache._clear()

@@ -161,9 +161,9 @@ def filled(model: PeftModel) -> PTECache:
     return decode(model, IDS, None, [20])[1]
 
 
-def filled_by_base(model: PeftModel) -> DynamicCache:
+def filled_by_base(model: PeftModel, cache: DynamicCache) -> DynamicCache:
     with model.disable_adapter(), torch.no_grad():
-        return model(input_ids=IDS).past_key_values
+        return model(input_ids=IDS, past_key_values=cache).past_key_values
 
 
 def generate(model: PeftModel, **options: Any) -> None:
@@ -275,9 +275,15 @@ CALL_ERRORS: list[tuple[str, Callable[[PeftModel], Any], type[Exception], str]] 
     ("adapter off with its cache", off_with_cache, ValueError, "The PTE adapter is off, but `past_key_values`"),
     (
         "cache filled by the base model",
-        lambda m: m(input_ids=IDS[:, :1], past_key_values=filled_by_base(m)),
+        lambda m: m(input_ids=IDS[:, :1], past_key_values=filled_by_base(m, DynamicCache())),
         ValueError,
         "a DynamicCache that already holds 20 tokens",
+    ),
+    (
+        "own cache filled with the adapter off",
+        lambda m: m(input_ids=IDS[:, :1], past_key_values=filled_by_base(m, PTECache())),
+        ValueError,
+        "a PTECache that already holds 20 tokens",
     ),
     (
         "other number of rows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -134,6 +135,16 @@ def test_continuing_a_conversation(model) -> None:
         logits = model(input_ids=out, prompt_lengths=12).logits
     logits[..., 2] = -torch.inf
     assert torch.equal(logits[:, both.shape[1] - 1 : -1].argmax(-1), out[:, both.shape[1] :])
+
+
+def test_one_prefill_for_several_continuations(model) -> None:
+    """A cache can be copied; the copies do not notice each other."""
+    ids = torch.randint(3, 61, (1, 30), generator=torch.Generator().manual_seed(5))
+    expected, _ = decode(model, ids, None, [5] + [1] * 25)
+    _, cache = decode(model, ids[:, :18], None, [5] + [1] * 13)
+    for _ in range(2):
+        rest, _ = decode(model, ids[:, 18:], None, [1] * 12, copy.deepcopy(cache))
+        assert relative_error(rest, expected[:, 18:]) <= 1e-10
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
