@@ -89,7 +89,7 @@ class Recall:
             vocab_size=self.VOCAB,
             hidden_size=64,
             intermediate_size=128,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
             initializer_range=0.05,
@@ -100,13 +100,13 @@ class Recall:
         )
         model = LlamaForCausalLM(config)
         torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95))
         longest, tail, average = 8, 100, 3.0
         full = max(self.distances.values()) + 8
         bar = tqdm(desc="base model, full cache", unit=" steps", mininterval=1)
         while tail and bar.n < 2000:
             for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * min(1, (bar.n + 1) / 20) * tail / 100
+                group["lr"] = 2e-3 * min(1, (bar.n + 1) / 20) * tail / 100
             pairs, filler = int(torch.randint(2, 9, ())), int(torch.randint(longest + 1, ()))
             loss, _ = self.answers(model, self.stream(32, pairs, filler, queries=8))
             optimizer.zero_grad()
@@ -125,8 +125,8 @@ class Recall:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
 
     def train_loss(self, model: torch.nn.Module) -> torch.Tensor:
-        batch = self.stream(self.options.batch_size, self.options.pairs, self.options.filler, queries=6)
-        return self.answers(model, batch)[0]
+        filler = int(torch.randint(2 * self.options.filler + 1, ()))
+        return self.answers(model, self.stream(self.options.batch_size, self.options.pairs, filler, queries=6))[0]
 
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
@@ -352,7 +352,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="checkpoint, id or path (default: train a small Llama)")
     parser.add_argument("--data", help='JSON lines with "prompt" and "completion", for --model')
     parser.add_argument("--output", default="outputs/quickstart", help="folder for results and adapter")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=32)
@@ -361,7 +361,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--state-update", choices=["delta", "sum"], default="delta")
     parser.add_argument("--max-length", type=int, default=4096, help="tokens of a line, for --data")
     parser.add_argument("--pairs", type=int, default=4, help="pairs to remember, in the toy task")
-    parser.add_argument("--filler", type=int, default=24, help="tokens between pairs and queries, in the toy task")
+    parser.add_argument("--filler", type=int, default=24, help="mean tokens between pairs and queries, in the toy task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generate", action="store_true", help="only load the saved adapter and generate")
     options = parser.parse_args()
