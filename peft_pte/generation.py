@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from .cache import PTECache, refuse_rollback
-from .hooks import current_prompt
+from .hooks import current_prompt, named_arguments
 
 REFUSED_GENERATION = {
     "prompt_lookup_num_tokens": "prompt-lookup decoding rolls the cache back, but evicted thoughts cannot come back",
@@ -24,13 +23,12 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
     attachment = getattr(top, "pte_attachment", None)
     if attachment is None or attachment.active()[0] is None:
         return original(*args, **kwargs)
-    call = {**dict(zip(list(signature(type(top).generate).parameters)[1:], args)), **kwargs}
+    call = named_arguments(type(top).generate, args, kwargs)
+    configs = (call.get("generation_config"), top.generation_config)
+    sources = [call, *(vars(config) for config in configs if config is not None)]
 
     def option(name: str) -> Any:
-        for source in (call, vars(call.get("generation_config") or object), vars(top.generation_config)):
-            if source.get(name) is not None:
-                return source[name]
-        return None
+        return next((source[name] for source in sources if source.get(name) is not None), None)
 
     if call.get("assistant_model") is not None:
         refuse_rollback()
@@ -43,9 +41,8 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
             f"`cache_implementation={implementation!r}` is not supported with PTE, whose cache is bounded already: "
             "static, offloaded, quantised and paged caches would lose the thoughts. Leave it out."
         )
-    cache = call.get("past_key_values")
-    if cache is not None:
-        cache = PTECache.adopt(cache)
+    if call.get("past_key_values") is not None:
+        PTECache.adopt(call["past_key_values"])
     inputs = call.get("inputs_embeds")
     for name in ("input_ids", "inputs"):
         inputs = call.get(name) if inputs is None else inputs

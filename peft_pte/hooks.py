@@ -75,6 +75,13 @@ class Attachment:
         return torch.is_grad_enabled() and any(p.requires_grad for e in self.encoders for p in e.parameters())
 
 
+def named_arguments(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a method call by name."""
+    if not args:  # transformers calls by name, for every token
+        return kwargs
+    return {**dict(zip(list(signature(method).parameters)[1:], args)), **kwargs}
+
+
 # ------------------------------------------------------------------------------------------------ H1: the prompt border
 
 
@@ -85,7 +92,7 @@ def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     border = None
     policy, _ = attachment.active()
     if policy is not None or current_head.get() is not None:
-        call = {**dict(zip(list(signature(type(top).forward).parameters)[1:], args)), **kwargs}
+        call = named_arguments(type(top).forward, args, kwargs)
         border = border_of(call, prompt_lengths, keeps_prompt=policy is not None and policy.retained_prefix == "prompt")
     current_border.set((attachment.decoder, border))
     return args, kwargs
@@ -152,7 +159,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     """The decoder's forward under the bounded cache: with a cache, step by step; without, as a replay."""
     if current_hidden.get() is not None:  # a head asks the top model for the logits of these
         return BaseModelOutputWithPast(last_hidden_state=current_hidden.get())
-    kwargs.update(zip(list(signature(type(decoder).forward).parameters)[1:], args))
+    kwargs = named_arguments(type(decoder).forward, args, kwargs)
     attachment = getattr(decoder, "pte_attachment", None)
     if attachment is None:  # detached, but somebody's wrapper around ours is still there
         return original(**kwargs)
