@@ -80,7 +80,7 @@ class Recall:
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
         asked = batch["labels"][:, 1:] != -100
         answers, logits = batch["labels"][:, 1:][asked], logits[asked]
-        return F.cross_entropy(logits, answers), (logits.argmax(-1) == answers).view(len(logits) // asked[0].sum(), -1)
+        return F.cross_entropy(logits, answers), (logits.argmax(-1) == answers).view(len(asked), -1)
 
     def make_base(self, folder: Path) -> None:
         """Train a small Llama with a full cache until it answers over all distances, and save it."""
@@ -115,7 +115,10 @@ class Recall:
             optimizer.step()
             average += 0.05 * (loss.item() - average)
             if average < 0.2:  # the filler grows while the loss is small, then the rate goes to zero
-                longest, tail = (min(full, longest + 2), tail) if longest < full else (full, tail - 1)
+                if longest < full:
+                    longest = min(full, longest + 2)
+                else:
+                    tail -= 1
             bar.update()
             bar.set_postfix(loss=f"{average:.3f}", filler=longest, refresh=False)
         bar.close()
@@ -141,7 +144,7 @@ class Recall:
         """A stream up to its first query, and what should come next."""
         batch = self.stream(1, self.options.pairs, 2 * self.options.filler, 1, torch.Generator().manual_seed(7))
         ids = batch["input_ids"]
-        return ids[:, :-1], f"{self.show(ids[0, self.PROMPT :])}"
+        return ids[:, :-1], self.show(ids[0, self.PROMPT :])
 
     def show(self, ids: torch.Tensor) -> str:
         names = ["_", ">", *(f"k{i}" for i in range(self.KEYS)), *(f"v{i}" for i in range(self.VALUES)), *"...."]

@@ -46,21 +46,20 @@ def unwrap(module: nn.Module, name: str) -> None:
 
 
 def attach(top: nn.Module, decoder: nn.Module) -> Attachment:
-    """Install H1, H2 and H4 (H3 comes with each encoder). A second adapter finds them there."""
-    if not hasattr(decoder, "pte_attachment"):
-        attachment = Attachment(top, decoder)
-        attachment.handles = [
-            top.register_forward_pre_hook(find_border, with_kwargs=True),
-            top.register_forward_hook(forget_border, always_call=True),
-        ]
-        top.pte_attachment = decoder.pte_attachment = attachment
-        if hasattr(top, "add_model_tags"):  # for the model card
-            top.add_model_tags(MODEL_TAGS)
-        wrap(decoder, "forward", around_decoder)
-        for name, around in GENERATION_METHODS.items():
-            if hasattr(top, name):
-                wrap(top, name, around)
-    return decoder.pte_attachment
+    """Install H1, H2 and H4 (H3 comes with each encoder), once for all adapters of a model."""
+    attachment = Attachment(top, decoder)
+    attachment.handles = [
+        top.register_forward_pre_hook(find_border, with_kwargs=True),
+        top.register_forward_hook(forget_border, always_call=True),
+    ]
+    top.pte_attachment = decoder.pte_attachment = attachment
+    if hasattr(top, "add_model_tags"):  # for the model card
+        top.add_model_tags(MODEL_TAGS)
+    wrap(decoder, "forward", around_decoder)
+    for name, around in GENERATION_METHODS.items():
+        if hasattr(top, name):
+            wrap(top, name, around)
+    return attachment
 
 
 def attach_encoder(attachment: Attachment, attention: nn.Module, encoder: ThoughtEncoder) -> None:
@@ -73,9 +72,9 @@ def attach_encoder(attachment: Attachment, attention: nn.Module, encoder: Though
     ]
 
 
-def detach(decoder: nn.Module) -> None:
+def detach(attachment: Attachment) -> None:
     """Remove everything that `attach` and `attach_encoder` installed."""
-    attachment = decoder.pte_attachment
+    decoder = attachment.decoder
     for handle in attachment.handles:
         handle.remove()
     for module in decoder.modules():

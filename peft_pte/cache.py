@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from .config import CachePolicy
 from .encoder import Evicted, ThoughtEncoder
 from .rotary import KeyPositions
-from .schedule import Schedule
+from .schedule import Schedule, stored_columns
 from .slots import SlotBuffer
 
 
@@ -214,15 +214,12 @@ class PTECache(DynamicCache):
                 for row in waiting:
                     self.lead[row] += leading[row]
                     self.padding[row] += leading[row]
-        if self.schedule is None and seen + new_length >= self.prompt_length:
-            window = self.policy.window_size
+        window = self.policy.window_size
+        if self.schedule is None and (window != "prompt" or seen + new_length >= self.prompt_length):
             if window == "prompt":
-                window = self.prompt_length
-                if mask is not None:
-                    window = int(mask[:, : self.prompt_length].sum(-1).max())
-            self.schedule = Schedule.create(max(window, 1), self.policy.eviction_ratio)
-        elif self.schedule is None and self.policy.window_size != "prompt":
-            self.schedule = Schedule.create(self.policy.window_size, self.policy.eviction_ratio)
+                longest = self.prompt_length if mask is None else int(mask[:, : self.prompt_length].sum(-1).max())
+                window = max(1, longest)
+            self.schedule = Schedule.create(window, self.policy.eviction_ratio)
 
     @property
     def stored_length(self) -> int:
@@ -294,8 +291,7 @@ class PTECache(DynamicCache):
                 f"{end} columns, evicted tokens included."
             )
         if len(set(self.padding)) == 1:
-            border = self.padding[0] + self.prefix[0]
-            return torch.cat([mask[:, : min(border, end)], mask[:, border + self.evicted[0] : end]], dim=1)
+            return stored_columns(mask, self.padding[0] + self.prefix[0], self.evicted[0], end)
         columns, empty = [], []
         for row, (lead, prefix, padding) in enumerate(zip(self.lead, self.prefix, self.padding)):
             lead = min(lead, self.stored_length + new_length)  # the row's padding may still be coming in

@@ -107,18 +107,16 @@ class ThoughtEncoder(nn.Module, PTELayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _query(self, name: str) -> torch.Tensor:
-        """Q = W_Q q_g, [r, r]; rows of unit norm for the delta rule, on whose scale its training stability hangs."""
-        query = self.pte_query[name](self.pte_query_tokens[name]())
-        return unit_rows(query) if self.pte_rule[name].update == "delta" else query
+        """Q = W_Q q_g, [r, r]."""
+        return self.pte_query[name](self.pte_query_tokens[name]())
 
-    def _initial_state(self, name: str) -> torch.Tensor:
+    def _initial_state(self, name: str, query: torch.Tensor) -> torch.Tensor:
         """S_0, [r, r] (Eq. 6), before any normalisation but that of the delta rule."""
         rule = self.pte_rule[name]
         if not rule.num_global_tokens:
             weight = self.pte_key[name].weight
             return torch.zeros(rule.r, rule.r, dtype=state_dtype(weight), device=weight.device)
         tokens = self.pte_global_tokens[name]()
-        query = self.pte_query[name](self.pte_query_tokens[name]())
         state = initial_state(query, self.pte_key[name](tokens), self.pte_value[name](tokens))
         return unit_rows(state) if rule.update == "delta" else state
 
@@ -126,7 +124,9 @@ class ThoughtEncoder(nn.Module, PTELayer):
         """What an empty cache carries: M = 0, or the normalised S_0 where the state is normalised on write (Eq. 4)."""
         rule = self.pte_rule[name]
         if rule.norm == "write":
-            return normalize_state(self._initial_state(name), rule.norm_type).expand(batch_size, -1, -1)
+            return normalize_state(self._initial_state(name, self._query(name)), rule.norm_type).expand(
+                batch_size, -1, -1
+            )
         weight = self.pte_key[name].weight
         return torch.zeros(batch_size, rule.r, rule.r, dtype=state_dtype(weight), device=weight.device)
 
@@ -152,15 +152,17 @@ class ThoughtEncoder(nn.Module, PTELayer):
         rule = self.pte_rule[name]
         if rule.norm == "write":
             return core
-        state = self._initial_state(name)
+        query = self._query(name)
+        state = self._initial_state(name, query)
         if rule.update == "none":
             state = state.expand_as(core)
         elif rule.update == "delta":
             # Values on the side of A, keys on the side of B: S (B x) asks M with Q^T B x as the query and gets values,
             # which is what the rule stores them for. The paper's order, which the sum keeps, asks values for keys.
-            state = state + (self._query(name) @ core).mT
+            # Unit rows of Q: on its scale the training stability of the rule hangs.
+            state = state + (unit_rows(query) @ core).mT
         else:
-            state = state + self._query(name) @ core
+            state = state + query @ core
         return normalize_state(state, rule.norm_type) if rule.norm == "read" else state
 
     def advance(

@@ -208,8 +208,10 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         output = cached_forward(decoder, original, policy, adapters, cache, prompt_length, inputs, kwargs)
     else:
         mask = kwargs.pop("attention_mask", None)
-        positions = positions_of(kwargs.pop("position_ids", None), mask, length, 0, x.device)
-        refuse_packing(positions, mask)
+        position_ids = kwargs.pop("position_ids", None)
+        positions = positions_of(position_ids, mask, length, 0, x.device)
+        if position_ids is not None:
+            refuse_packing(positions, mask)
         output = replay(decoder, original, policy, border, head, inputs, mask, positions, **kwargs)
     return output if return_dict is not False else output.to_tuple()
 

@@ -104,7 +104,9 @@ class PTEModel(BaseTuner):
     ) -> None:
         if isinstance(target, ThoughtEncoder):
             return  # a regular expression that matches all of the attention module; the projections bring the encoder
-        attachment = attach(self.model, find_decoder(self.model))
+        attachment = getattr(self.model, "pte_attachment", None)
+        if attachment is None:
+            attachment = attach(self.model, find_decoder(self.model))
         attachment.configs[adapter_name] = peft_config
         encoder = parent._modules.get(ENCODER_NAME)
         if encoder is None:
@@ -134,14 +136,13 @@ class PTEModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from all layers."""
         super().delete_adapter(adapter_name)
-        find_decoder(self.model).pte_attachment.configs.pop(adapter_name, None)
+        self.model.pte_attachment.configs.pop(adapter_name, None)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             refuse_merge()
-        decoder = find_decoder(self.model)
-        if hasattr(decoder, "pte_attachment"):
-            detach(decoder)
+        if hasattr(self.model, "pte_attachment"):
+            detach(self.model.pte_attachment)
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     # -------------------------------------------------------------------------------------------------------- refusals

@@ -22,7 +22,7 @@ from .config import CachePolicy
 from .encoder import Evicted, ThoughtEncoder
 from .heads import Head, as_output, next_token_targets
 from .rotary import KeyPositions
-from .schedule import Schedule
+from .schedule import Schedule, stored_columns
 
 # With checkpointing, the first segment (prompt and window) is computed in pieces of the later segments' length, so that
 # the peak does not depend on it; but not in pieces shorter than this.
@@ -231,11 +231,7 @@ def replay(
             evicted_valid = None if mask is None else mask[:, columns]
             evicted = [Evicted(*layer.take(schedule.num_evicted), key_positions, evicted_valid) for layer in past]
             num_evicted += schedule.num_evicted
-        segment_mask = mask
-        if mask is not None:
-            segment_mask = torch.cat(
-                [mask[:, : min(layout.prefix, end)], mask[:, layout.prefix + num_evicted : end]], dim=1
-            ).long()
+        segment_mask = None if mask is None else stored_columns(mask, layout.prefix, num_evicted, end).long()
         layers = [(tuple(layer.prefix + layer.thoughts), layer.cores, gone) for layer, gone in zip(past, evicted)]
         segment_kwargs = dict(
             kwargs,
@@ -275,10 +271,10 @@ def run_segment(
         output = forward(past_key_values=cache, use_cache=False, **kwargs)
     output.past_key_values = None  # else the outputs would keep every segment's past alive
     if head is not None:
-        logprobs, entropy = head(output.last_hidden_state)
+        hidden_states = output.last_hidden_state
         # A clone, because a slice would keep the hidden states of the whole segment alive.
-        output = BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state[:, :1].clone())
-        output.hidden_states = (logprobs, entropy)
+        first_column = hidden_states[:, :1].clone()
+        output = BaseModelOutputWithPast(last_hidden_state=first_column, hidden_states=head(hidden_states))
     return output, [layer.new for layer in cache.layers], [layer.new_cores for layer in cache.layers]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 
 class Segment(NamedTuple):
     """Columns `[start, end)` that are computed with one and the same state; `evict`: an eviction comes before it."""
@@ -14,6 +16,11 @@ class Segment(NamedTuple):
     start: int
     end: int
     evict: bool
+
+
+def stored_columns(mask: torch.Tensor, prefix: int, num_evicted: int, end: int) -> torch.Tensor:
+    """Of the columns before `end` of `mask` [B, T] those that are stored: the prefix, and thoughts not yet evicted."""
+    return torch.cat([mask[:, : min(prefix, end)], mask[:, prefix + num_evicted : end]], dim=1)
 
 
 @dataclass(frozen=True)
