@@ -5,8 +5,9 @@
     python benchmarks/memory.py --plot benchmarks/results/memory_cpu.csv
 
 On the CPU every storage that an operation makes is counted until it is freed, so the figures are exact and repeatable:
-`saved` is what is alive after the forward (beyond parameters and inputs), `peak` the most during forward and backward.
-On a GPU they are the allocator's. Weights are random; B = 1.
+`saved` is what is alive after the forward (beyond parameters and inputs), `peak` the most during forward and backward,
+`host` the most that waits in host memory (on the CPU: would wait there if a GPU were the device). On a GPU the figures
+are the allocator's, without `host`. Weights are random; B = 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
@@ -31,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from peft_pte import PTEConfig, sequence_logprobs
+from peft_pte.segments import host_copy
 
 PROMPT = 64
 SHAPES: dict[str, Callable[[], torch.nn.Module]] = {
@@ -80,7 +83,7 @@ SHAPES: dict[str, Callable[[], torch.nn.Module]] = {
         )
     ),
 }
-# Name: (adapter, gradient checkpointing, log-probability head instead of logits).
+# Name: (adapter or PTE's gradient, gradient checkpointing, log-probability head instead of logits).
 ARMS: dict[str, tuple[str, bool, bool]] = {
     "LoRA, full cache": ("lora", False, False),
     "LoRA, full cache, checkpointed": ("lora", True, False),
@@ -88,20 +91,38 @@ ARMS: dict[str, tuple[str, bool, bool]] = {
     "PTE, head": ("full", False, True),
     "PTE, checkpointed": ("full", True, False),
     "PTE, checkpointed, head": ("full", True, True),
-    "PTE, truncated, checkpointed, head": ("truncated", True, True),
+    "PTE, checkpointed, offload, head": ("offload", True, True),
+    "PTE, truncated, head": ("truncated", False, True),
 }
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made inside, until they are freed."""
+    """Counts the bytes of all storages made inside, until they are freed: the device's, and those of `host_copy`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
-        self.live = self.peak = 0
+        self.live = {"device": 0, "host": 0}
+        self.peak = dict(self.live)
+        self.place = "device"
 
-    def _free(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
+    def __enter__(self) -> LiveBytes:
+        self.patch = patch("peft_pte.segments.host_copy", self.host_copy)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.patch.stop()
+        super().__exit__(*error)
+
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.place = "host"
+        copy = host_copy(tensor)
+        self.place = "device"
+        return copy
+
+    def _free(self, key: int, place: str) -> None:
+        self.live[place] -= self.sizes.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -114,9 +135,9 @@ class LiveBytes(TorchDispatchMode):
             if key in before or key in self.sizes:  # a view, or written in place
                 continue
             self.sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, key)
+            self.live[self.place] += storage.nbytes()
+            self.peak[self.place] = max(self.peak[self.place], self.live[self.place])
+            weakref.finalize(storage, self._free, key, self.place)
         return out
 
 
@@ -131,7 +152,8 @@ def make_model(shape: str, adapter: str, checkpointing: bool, window: int, devic
     if adapter == "lora":
         config = LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     else:
-        config = PTEConfig(task_type="CAUSAL_LM", window_size=window, gradient=adapter)
+        settings = dict(offload=True) if adapter == "offload" else dict(gradient=adapter)
+        config = PTEConfig(task_type="CAUSAL_LM", window_size=window, **settings)
     model = get_peft_model(base, config).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -152,6 +174,7 @@ def measure(arm: str, length: int, options: argparse.Namespace) -> dict[str, Any
             return -sequence_logprobs(model, ids, prompt_lengths=PROMPT)[0].sum() / (length - PROMPT)
         return model(input_ids=ids, labels=labels, use_cache=False).loss
 
+    host: int | str = ""
     start = time.time()
     if options.device == "cuda":
         loss().backward()  # gradients exist, and what is built on first use
@@ -166,10 +189,11 @@ def measure(arm: str, length: int, options: argparse.Namespace) -> dict[str, Any
     else:
         with LiveBytes() as bytes_now:
             value = loss()
-            saved = bytes_now.live
+            saved = bytes_now.live["device"]
             value.backward()
-        peak = bytes_now.peak
-    return dict(arm=arm, length=length, saved_bytes=saved, peak_bytes=peak, seconds=round(time.time() - start, 2))
+        peak, host = bytes_now.peak["device"], bytes_now.peak["host"]
+    seconds = round(time.time() - start, 2)
+    return dict(arm=arm, length=length, saved_bytes=saved, peak_bytes=peak, host_bytes=host, seconds=seconds)
 
 
 def plot(path: Path) -> None:

@@ -7,12 +7,21 @@ ensure_peft_type()  # before the configuration, whose peft_type it is
 from .cache import PTECache  # noqa: E402  (the enum member must exist first)
 from .config import PTEConfig  # noqa: E402
 from .encoder import ThoughtEncoder  # noqa: E402
-from .heads import sequence_logprobs  # noqa: E402
+from .heads import sequence_logprobs, sequence_loss  # noqa: E402
 from .layer import Linear, PTELayer  # noqa: E402
 from .model import PTEModel  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["Linear", "PTECache", "PTEConfig", "PTELayer", "PTEModel", "ThoughtEncoder", "sequence_logprobs"]
+__all__ = [
+    "Linear",
+    "PTECache",
+    "PTEConfig",
+    "PTELayer",
+    "PTEModel",
+    "ThoughtEncoder",
+    "sequence_logprobs",
+    "sequence_loss",
+]
 
 register(PTEConfig, PTEModel)

@@ -56,7 +56,8 @@ class PTECacheLayer(CacheLayerMixin):
         """
         names = encoder.live_adapters
         if self.evicted is not None or torch.is_grad_enabled() or any(name not in self.states for name in names):
-            self.cores, self.states = encoder.advance(self.cores, attention, self.evicted, batch_size)
+            self.cores = encoder.advance(self.cores, attention, self.evicted, batch_size)
+            self.states = encoder.read_all(self.cores)
             self.evicted = None
         return self.states
 

@@ -17,6 +17,7 @@ class CachePolicy(NamedTuple):
     eviction_policy: str
     retained_prefix: Union[int, str]
     gradient: str
+    offload: bool
 
 
 @dataclass
@@ -64,8 +65,13 @@ class PTEConfig(PeftConfig):
             Keys are encoded with their rotary position taken out, relative to the first token of the evicted chunk, or
             as they are in the cache.
         gradient (`"full"` or `"truncated"`):
-            `"full"`: exact gradients. `"truncated"`: cached keys and values are constants at segment borders; the
-            chain of states keeps its gradient.
+            `"full"`: exact gradients. `"truncated"`: training in constant memory on the device. Keys and values in the
+            cache become constants at each eviction, so a token learns nothing from how later segments attend to it;
+            the chain of states keeps its exact gradient (evicted keys and values wait for it in host memory). The
+            forward is computed twice, as with gradient checkpointing.
+        offload (`bool`):
+            With `gradient="full"` and gradient checkpointing: what is kept of earlier segments for the backward pass
+            (keys, values and states) waits in host memory, pinned if the model is on a GPU.
         target_modules (`Union[list[str], str]`, *optional*):
             The attention projections to adapt. By default all of them (q, k, v, o or the fused ones).
         exclude_modules (`Union[list[str], str]`, *optional*):
@@ -127,6 +133,9 @@ class PTEConfig(PeftConfig):
     gradient: Literal["full", "truncated"] = field(
         default="full", metadata={"help": "'truncated' holds cached keys and values constant at segment borders."}
     )
+    offload: bool = field(
+        default=False, metadata={"help": "Checkpointed segments keep keys, values and states in host memory."}
+    )
     target_modules: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "Attention projections to adapt. Default: all of them."}
     )
@@ -178,7 +187,12 @@ class PTEConfig(PeftConfig):
     def cache_policy(self) -> CachePolicy:
         """What decides the content of the cache and the path of gradients through it."""
         return CachePolicy(
-            self.window_size, self.eviction_ratio, self.eviction_policy, self.retained_prefix, self.gradient
+            self.window_size,
+            self.eviction_ratio,
+            self.eviction_policy,
+            self.retained_prefix,
+            self.gradient,
+            self.offload,
         )
 
     def _validate(self) -> None:
@@ -227,8 +241,11 @@ class PTEConfig(PeftConfig):
             refuse("state_norm", "only state_update='sum' is normalised on write; use 'read' or 'none'.")
         if self.state_update == "none" and self.num_global_tokens == 0:
             refuse("num_global_tokens", "with state_update='none' the state would always be zero: use 1 or more.")
-        if not isinstance(self.init_weights, bool):
-            refuse("init_weights", "must be True or False.")
+        for name in ("init_weights", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "must be True or False.")
+        if self.offload and self.gradient == "truncated":
+            refuse("offload", "gradient='truncated' keeps what it needs in host memory anyway: leave it out.")
         if self.layers_pattern and self.layers_to_transform is None:
             refuse("layers_pattern", "has no effect without `layers_to_transform`: give both or neither.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -167,16 +167,24 @@ class ThoughtEncoder(nn.Module, PTELayer):
 
     def advance(
         self, cores: dict[str, torch.Tensor], attention: nn.Module, evicted: Evicted | None, batch_size: int
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Start or carry on the cores of the live adapters, and read the states: `(cores, states)` by adapter name."""
-        new_cores, states = {}, {}
-        with torch.autocast(self._anchor[0].weight.device.type, enabled=False):  # states are float32 under autocast too
-            for name in self.live_adapters:
-                core = cores[name] if name in cores else self.start(name, batch_size)
-                if evicted is not None:
-                    core = self.write(name, core, attention, evicted)
-                new_cores[name], states[name] = core, self.read(name, core)
-        return new_cores, states
+    ) -> dict[str, torch.Tensor]:
+        """Start the cores of the live adapters, or carry them on: by adapter name, each [B, r, r]."""
+        with self._full_precision():
+            started = {
+                name: cores[name] if name in cores else self.start(name, batch_size) for name in self.live_adapters
+            }
+            if evicted is None:
+                return started
+            return {name: self.write(name, core, attention, evicted) for name, core in started.items()}
+
+    def read_all(self, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The states of the live adapters by name, each [B, r, r]."""
+        with self._full_precision():
+            return {name: self.read(name, cores[name]) for name in self.live_adapters}
+
+    def _full_precision(self) -> torch.autocast:
+        """States are float32 under autocast too."""
+        return torch.autocast(self._anchor[0].weight.device.type, enabled=False)
 
     def forward(self) -> None:
         """Not used: the encoder is called through `advance` by the attention module's hooks."""

@@ -85,16 +85,13 @@ def token_logprobs(
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def next_token_targets(
-    input_ids: torch.Tensor, valid: torch.Tensor, border: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each column: the next token [B, T], and whether it is a thought that is asked for [B, T] (bool)."""
-    targets = input_ids.roll(-1, dims=1)
+def needed_columns(valid: torch.Tensor, border: torch.Tensor | None) -> torch.Tensor:
+    """The columns [B, T] (bool) whose next token is a thought that is asked for. `valid` [B, T], `border` [B]."""
     needed = valid & valid.roll(-1, dims=1)
     needed[:, -1] = False
     if border is not None:
-        needed &= torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device) >= border[:, None]
-    return targets, needed
+        needed &= torch.arange(1, valid.shape[1] + 1, device=valid.device) >= border[:, None]
+    return needed
 
 
 def as_output(hidden_states: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor) -> BaseModelOutputWithPast:
@@ -151,3 +148,45 @@ def sequence_logprobs(
     finally:
         current_head.reset(token)
     return output.hidden_states
+
+
+def sequence_loss(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """The cross-entropy that `model(input_ids, attention_mask, labels=labels).loss` is, without logits of a sequence.
+
+    For a `Trainer` with long sequences: override `compute_loss` with it (see the README).
+
+    Args:
+        model: a model with a PTE adapter, wrapped (PEFT, DDP) or not.
+        input_ids: [B, T]. attention_mask: [B, T], 1 for tokens; None: all are tokens.
+        labels: [B, T], the token itself where it counts, else -100; they are shifted here. The first one that is not
+            -100 is the border between prompt and thoughts.
+        num_items_in_batch: the sum is divided by it, as `Trainer` wants it under gradient accumulation. None: the mean
+            over the labels of this call.
+
+    Returns:
+        The loss, a scalar in float32 (float64 in float64 models).
+
+    Raises:
+        ValueError: shapes differ, labels are other tokens than `input_ids`, or as `sequence_logprobs`.
+    """
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"`labels` {tuple(labels.shape)} and `input_ids` {tuple(input_ids.shape)} differ in shape.")
+    wanted = labels != -100
+    if bool((labels != input_ids)[wanted].any()):
+        raise ValueError(
+            "`labels` hold other tokens than `input_ids` (both unshifted). A loss on other tokens needs the logits: "
+            "use `model(..., labels=labels).loss`."
+        )
+    length = labels.shape[1]
+    first = torch.where(wanted, torch.arange(length, device=labels.device), length).amin(-1)
+    border = torch.where(first == length, first.min(), first)  # as in a forward with labels
+    logprobs, _ = sequence_logprobs(model, input_ids, attention_mask, border)
+    total = -(logprobs * wanted).sum()
+    count = wanted[:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)

@@ -25,9 +25,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache import PTECache
 from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
-from .heads import Head, as_output, current_head, current_hidden, next_token_targets, token_logprobs
+from .heads import Head, as_output, current_head, current_hidden, needed_columns, token_logprobs
 from .layer import Linear
-from .replay import join_outputs, layer_checkpointing_off, replay
+from .replay import join_outputs, replay
+from .segments import layer_checkpointing_off
 
 # (decoder, border [B]) while the top model's forward runs; (decoder, columns of the prompt) while `generate` runs.
 current_border: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_border", default=None)
@@ -65,8 +66,8 @@ class Attachment:
         if len(set(policies.values())) > 1:
             raise ValueError(
                 f"The active adapters want different caches, but there is one for all of them: {policies}. Activate "
-                "one at a time with `set_adapter`, or give them the same window_size, eviction_ratio, retained_prefix "
-                "and gradient."
+                "one at a time with `set_adapter`, or give them the same window_size, eviction_ratio, retained_prefix, "
+                "gradient and offload."
             )
         return (policies[names[0]] if names else None), names
 
@@ -212,7 +213,8 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         positions = positions_of(position_ids, mask, length, 0, x.device)
         if position_ids is not None:
             refuse_packing(positions, mask)
-        output = replay(decoder, original, policy, border, head, inputs, mask, positions, **kwargs)
+        trained = [p for p in attachment.top.parameters() if p.requires_grad]
+        output = replay(decoder, original, policy, border, head, inputs, mask, positions, trained, **kwargs)
     return output if return_dict is not False else output.to_tuple()
 
 
@@ -230,8 +232,8 @@ def base_forward(
     if head is None:
         return output
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-    targets = next_token_targets(ids, torch.ones_like(ids).bool() if mask is None else mask.bool(), border)
-    return as_output(output.last_hidden_state, *head(output.last_hidden_state, *targets))
+    needed = needed_columns(torch.ones_like(ids).bool() if mask is None else mask.bool(), border)
+    return as_output(output.last_hidden_state, *head(output.last_hidden_state, ids.roll(-1, dims=1), needed))
 
 
 def take_inputs(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -11,11 +11,15 @@ import torch
 
 
 class Segment(NamedTuple):
-    """Columns `[start, end)` that are computed with one and the same state; `evict`: an eviction comes before it."""
+    """Columns `[start, end)` that are computed with one and the same state.
+
+    `evict`: an eviction comes before it; `num_evicted`: thoughts that have left by then, including those of this one.
+    """
 
     start: int
     end: int
     evict: bool
+    num_evicted: int
 
 
 def stored_columns(mask: torch.Tensor, prefix: int, num_evicted: int, end: int) -> torch.Tensor:
@@ -53,12 +57,13 @@ class Schedule:
 
         `longest`: split further, so that no segment is longer; the state is constant between evictions.
         """
-        start, num_thoughts = 0, -prefix
+        start, num_thoughts, num_evicted = 0, -prefix, 0
         while start < length:
             evict = self.is_full(num_thoughts)
             if evict:
                 num_thoughts -= self.num_evicted
+                num_evicted += self.num_evicted
             end = min(length, start + self.room(num_thoughts), start + (longest or length))
-            yield Segment(start, end, evict)
+            yield Segment(start, end, evict, num_evicted)
             num_thoughts += end - start
             start = end

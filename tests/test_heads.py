@@ -13,7 +13,7 @@ from test_policy import Case, cases, left_padded, right_padded
 from test_training import assert_same, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pte import sequence_logprobs
+from peft_pte import sequence_logprobs, sequence_loss
 
 
 def expected_of(logits: torch.Tensor, ids: torch.Tensor, wanted: torch.Tensor, temperature: float) -> tuple:
@@ -82,6 +82,25 @@ def test_with_the_adapter_off_it_is_the_base_model_with_its_full_cache() -> None
     torch.testing.assert_close(entropy, expected[1])
 
 
+@settings(max_examples=20)
+@given(case=cases(), gradient=st.sampled_from(["full", "truncated"]), items=st.sampled_from([None, 37]))
+def test_loss_equals_that_of_a_forward_with_labels(case: Case, gradient: str, items: int | None) -> None:
+    """Label shift, `num_items_in_batch`, masks inside a completion, and gradients."""
+    model = with_adapter(tiny_model(case.family, seed=case.seed), **case.config, gradient=gradient).train()
+    ids, mask = right_padded(case)
+    columns = torch.arange(ids.shape[1])
+    labels = ids.masked_fill((mask == 0) | (columns < torch.tensor(case.prompts)[:, None]), -100)
+    labels[0, case.prompts[0] + 1 : case.prompts[0] + 3] = -100
+    if not bool((labels[:, 1:] != -100).any()):
+        return
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=items).loss
+    actual = sequence_loss(model, ids, labels, mask, items)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-6, atol=1e-8)  # transformers: float32
+    expected, actual = gradients(model, expected), gradients(model, actual)
+    scale = max(g.abs().max() for g in expected.values())
+    assert all((actual[name] - g).abs().max() <= 1e-5 * scale for name, g in expected.items())
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation makes."""
 
@@ -113,5 +132,9 @@ def test_bad_input() -> None:
         sequence_logprobs(tiny_model("llama"), ids)
     with pytest.raises(ValueError, match="cannot tell where the prompt ends"):
         sequence_logprobs(with_adapter(tiny_model("llama"), window_size=6), ids)
+    with pytest.raises(ValueError, match="`labels` hold other tokens than `input_ids`"):
+        sequence_loss(with_adapter(tiny_model("llama")), ids, (ids + 1) % 61)
+    with pytest.raises(ValueError, match="differ in shape"):
+        sequence_loss(with_adapter(tiny_model("llama")), ids, ids[:, 1:])
     logprobs, _ = sequence_logprobs(with_adapter(tiny_model("llama"), window_size=40), ids)  # fits: no border needed
     assert bool((logprobs[:, 1:] < 0).all())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,7 +19,7 @@ from safetensors import safe_open
 from test_policy import Case, cases, left_padded, right_padded
 from transformers import Trainer, TrainingArguments
 
-from peft_pte import PTECache, PTEConfig
+from peft_pte import PTECache, PTEConfig, sequence_logprobs
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -82,6 +84,105 @@ def test_truncated_gradients_equal_detaching_by_hand(update: str) -> None:
     full = with_adapter(tiny_model("llama"), **config, gradient="full").train()
     exact = gradients(full, loss(full(input_ids=ids, prompt_lengths=5).logits))
     assert any((exact[name] - truncated[name]).abs().max() > 1e-6 for name in exact)
+
+
+@contextmanager
+def ordinary_autograd() -> Iterator[None]:
+    """Truncated gradients by detaching at evictions, as is done for sharded parameters."""
+    with patch("peft_pte.replay.is_sharded", lambda parameters: True):
+        yield
+
+
+@settings(max_examples=40)
+@given(case=cases(), piece=st.sampled_from([1, 3, 128]), of=st.sampled_from(["logits", "embeds", "hidden", "logprobs"]))
+def test_second_pass_of_truncated_gradients_equals_ordinary_autograd(case: Case, piece: int, of: str) -> None:
+    """For all parameters and input embeddings, with dropout, and a trained output head."""
+    model = with_adapter(
+        tiny_model(case.family, seed=case.seed), **case.config, gradient="truncated", pte_dropout=0.2
+    ).train()
+    model.base_model.model.lm_head.requires_grad_(True)
+    ids, mask = right_padded(case)
+    call = dict(attention_mask=mask, prompt_lengths=torch.tensor(case.prompts))
+    weights = torch.linspace(0.5, 1.5, ids.shape[1], dtype=torch.float64)[:, None]
+    found = []
+    for way in (ordinary_autograd, nullcontext):
+        torch.manual_seed(0)
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with way(), patch("peft_pte.replay.SHORTEST_PIECE", piece), patch("peft_pte.heads.CHUNK_TOKENS", 7):
+            if of == "logprobs":
+                value = sequence_logprobs(model, ids, **call)[0][..., None]
+            elif of == "hidden":
+                value = model(input_ids=ids, output_hidden_states=True, **call).hidden_states[1]
+            elif of == "embeds":
+                value = model(inputs_embeds=embeds, **call).logits
+            else:
+                value = model(input_ids=ids, **call).logits
+            named = gradients(model, (value.sin() * weights * mask[..., None]).sum())
+        found.append(named | ({} if embeds.grad is None else {"embeds": embeds.grad}))
+    for name in found[1].keys() - found[0].keys():  # zero instead of none, where the loss does not depend on a layer
+        assert not found[1].pop(name).any()
+    assert_same(found[1], found[0])
+    assert ("embeds" in found[1]) == (of == "embeds")
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_truncated_gradients_accumulate_scale_and_autocast(head: bool) -> None:
+    """Two micro-batches, a scaled loss, bf16 autocast: what ordinary autograd gives."""
+    model = with_adapter(tiny_model("llama", torch.float32), window_size=6, gradient="truncated").train()
+    batches = [torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    found = []
+    for way in (ordinary_autograd, nullcontext):
+        model.zero_grad()
+        for ids in batches:
+            with way(), torch.autocast("cpu", dtype=torch.bfloat16):
+                if head:
+                    loss = -sequence_logprobs(model, ids, prompt_lengths=5)[0].mean()
+                else:
+                    loss = F.cross_entropy(model(input_ids=ids, prompt_lengths=5).logits.flatten(0, 1), ids.flatten())
+            (loss * 1024).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    scale = max(g.abs().max() for g in found[0].values())
+    for name, expected in found[0].items():
+        assert expected.dtype == torch.float32
+        assert (found[1][name] - expected).abs().max() <= 1e-2 * scale, name
+    assert scale > 1
+
+
+def test_adapters_changed_before_the_backward_pass_are_noticed() -> None:
+    model = with_adapter(tiny_model("llama"), window_size=6, gradient="truncated").train()
+    loss = model(input_ids=torch.randint(3, 61, (1, 20)), prompt_lengths=5).logits.sum()
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="call `backward` before they are changed"):
+        loss.backward()
+
+
+@settings(max_examples=20)
+@given(case=cases(), head=st.booleans(), piece=st.sampled_from([1, 3, 128]))
+def test_offload_does_not_change_gradients(case: Case, head: bool, piece: int) -> None:
+    """What a recomputed segment reads has come back from host memory."""
+    found = []
+    for offload in (False, True):
+        model = with_adapter(tiny_model(case.family, seed=case.seed), **case.config, offload=offload).train()
+        model.gradient_checkpointing_enable()
+        ids, mask = right_padded(case)
+        with patch("peft_pte.replay.SHORTEST_PIECE", piece):
+            value = loss_of(case, model) if not head else sequence_logprobs(model, ids, mask, case.prompts)[0].sum()
+        found.append(gradients(model, value))
+    assert_same(found[1], found[0])
+
+
+def test_offload_moves_every_evicted_thought_once() -> None:
+    """Keys and values of a token are copied once, however many segments see them."""
+    model = with_adapter(tiny_model("llama"), window_size=8, offload=True).train()
+    model.gradient_checkpointing_enable()
+    moved: list[torch.Tensor] = []
+    with patch("peft_pte.segments.host_copy", lambda x: moved.append(x.detach().clone()) or moved[-1]):
+        loss = model(input_ids=torch.randint(3, 61, (1, 5 + 8 + 12)), prompt_lengths=5).logits.sum()
+        assert sum(x.shape[-2] for x in moved if x.ndim == 4) == 2 * 2 * 12  # two layers; keys and values
+        loss.backward()
+    assert sum(x.shape[-2] for x in moved if x.ndim == 4) == 2 * 2 * 12
+    model.gradient_checkpointing_disable()
+    with pytest.raises(ValueError, match="`offload` is True, but it moves what gradient checkpointing keeps"):
+        model(input_ids=torch.randint(3, 61, (1, 20)), prompt_lengths=5)
 
 
 @settings(max_examples=10)

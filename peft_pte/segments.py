@@ -1,0 +1,267 @@
+"""One segment of the replay: computed from an immutable past, so that it can be computed again in the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .encoder import Evicted, ThoughtEncoder
+from .rotary import KeyPositions
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, pinned if the tensor is on a GPU, so that it is made while the GPU goes on."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+class Stored:
+    """A tensor that segments read, and read again when they are recomputed; it can leave the device in between.
+
+    What is read back is a constant of the same shape, dtype and `requires_grad`: a recomputation needs the numbers
+    only, the graph is that of the first computation.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor: torch.Tensor | None = tensor
+        self.shape = tensor.shape
+        self._device, self._requires_grad = tensor.device, tensor.requires_grad
+        self._host: torch.Tensor | None = None
+
+    def load(self) -> torch.Tensor:
+        if self._tensor is not None:
+            return self._tensor
+        return self._host.to(self._device, non_blocking=True, copy=True).requires_grad_(self._requires_grad)
+
+    def to_host(self) -> None:
+        """Free the device's copy, as far as nobody else holds it."""
+        if self._tensor is not None:
+            self._host, self._tensor = host_copy(self._tensor), None
+
+    def detach(self) -> Stored:
+        return Stored(self.load().detach())
+
+
+class Piece(NamedTuple):
+    """Keys (after RoPE) and values of neighbouring tokens in one layer, [B, H_kv, m, head_dim]."""
+
+    keys: Stored
+    values: Stored
+
+
+def joined(pieces: list[Piece]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of pieces that follow each other."""
+    keys, values = zip(*((piece.keys.load(), piece.values.load()) for piece in pieces))
+    return (torch.cat(keys, dim=-2), torch.cat(values, dim=-2)) if len(pieces) > 1 else (keys[0], values[0])
+
+
+class Gone(NamedTuple):
+    """What leaves all layers at once: pieces by layer, positions [B, m] and validity [B, m] (None: all valid)."""
+
+    pieces: list[list[Piece]]
+    rotary_emb: nn.Module
+    positions: torch.Tensor
+    valid: torch.Tensor | None
+
+    def key_positions(self) -> KeyPositions:
+        """Not kept, since it holds tables as large as the keys of a head."""
+        return KeyPositions(self.rotary_emb, self.positions)
+
+    def of_layer(self, index: int, key_positions: KeyPositions | None = None) -> Evicted:
+        return Evicted(*joined(self.pieces[index]), key_positions or self.key_positions(), self.valid)
+
+    def to_host(self) -> None:
+        for pieces in self.pieces:
+            for piece in pieces:
+                piece.keys.to_host()
+                piece.values.to_host()
+
+
+Cores = dict[str, Stored]  # by adapter, each [B, r, r]
+
+
+@dataclass
+class LayerPast:
+    """What one layer carries from segment to segment."""
+
+    prefix: list[Piece] = field(default_factory=list)
+    thoughts: list[Piece] = field(default_factory=list)
+    cores: Cores = field(default_factory=dict)
+
+    def take(self, count: int) -> list[Piece]:
+        """Remove and return the `count` oldest thoughts, which are whole pieces (see `add`)."""
+        taken = []
+        while count > 0:
+            taken.append(self.thoughts.pop(0))
+            count -= taken[-1].keys.shape[-2]
+        return taken
+
+    def detach(self) -> None:
+        """Make cached keys and values constants (`gradient="truncated"`); the chain of states keeps its gradient."""
+        for pieces in (self.prefix, self.thoughts):
+            pieces[:] = [Piece(keys.detach(), values.detach()) for keys, values in pieces]
+
+    def add(self, keys: torch.Tensor, values: torch.Tensor, start: int, prefix: int, num_evicted: int) -> None:
+        """Append a segment that begins at column `start`, cut where evictions will cut it.
+
+        The first `prefix` columns are kept for ever, then `num_evicted` at a time leave.
+        """
+        end = start + keys.shape[-2]
+        while start < end:
+            in_prefix = start < prefix
+            border = prefix if in_prefix else start + num_evicted - (start - prefix) % num_evicted
+            size = min(end, border) - start
+            piece = Piece(Stored(keys[..., :size, :]), Stored(values[..., :size, :]))
+            (self.prefix if in_prefix else self.thoughts).append(piece)
+            keys, values, start = keys[..., size:, :], values[..., size:, :], start + size
+
+
+class SegmentLayer(CacheLayerMixin):
+    """A throw-away view of the past for one segment; `update` never changes the past."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, pieces: list[Piece], cores: Cores, evicted: Callable[[], Evicted] | None, num_seen: int):
+        super().__init__()
+        self.pieces, self.cores, self.evicted, self.num_seen = pieces, cores, evicted, num_seen
+        self.stored_length = sum(piece.keys.shape[-2] for piece in pieces)
+        self.new: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.new_cores: dict[str, torch.Tensor] = {}
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to prepare."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.new = (key_states, value_states)
+        return joined([*self.pieces, Piece(Stored(key_states), Stored(value_states))])
+
+    def states_for(self, encoder: ThoughtEncoder, attention: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
+        """As `PTECacheLayer.states_for`."""
+        cores = {name: core.load() for name, core in self.cores.items()}
+        evicted = self.evicted() if self.evicted is not None else None
+        self.new_cores = encoder.advance(cores, attention, evicted, batch_size)
+        return encoder.read_all(self.new_cores)
+
+    def get_seq_length(self) -> int:
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.stored_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SegmentCache(Cache):
+    """The layers of one segment."""
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx].stored_length
+
+
+class Result(NamedTuple):
+    """What a segment gives: the decoder's output, or the head's `(logprobs, entropy)` as its `hidden_states`; the
+    segment's keys and values, and the cores after it, by layer."""
+
+    output: BaseModelOutputWithPast
+    new: list[tuple[torch.Tensor, torch.Tensor]]
+    cores: list[dict[str, torch.Tensor]]
+
+
+def run_segment(
+    decoder: nn.Module,
+    forward: Callable[..., BaseModelOutputWithPast],
+    head: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
+    past: list[tuple[list[Piece], Cores]],
+    gone: Gone | None,
+    num_seen: int,
+    kwargs: dict[str, Any],
+) -> Result:
+    """Compute one segment of `num_seen` seen tokens from the past; a second call gives the same."""
+    evicted: list[Callable[[], Evicted] | None] = [None] * len(past)
+    if gone is not None:
+        positions = gone.key_positions()  # one for all layers
+        evicted = [lambda index=index: gone.of_layer(index, positions) for index in range(len(past))]
+    layers = [SegmentLayer(*layer, gone_here, num_seen) for layer, gone_here in zip(past, evicted)]
+    with layer_checkpointing_off(decoder), input_gradients_off(decoder):
+        output = forward(past_key_values=SegmentCache(layers=layers), use_cache=False, **kwargs)
+    output.past_key_values = None  # else the outputs would keep every segment's past alive
+    if head is not None:
+        hidden_states = output.last_hidden_state
+        # A clone, because a slice would keep the hidden states of the whole segment alive.
+        first_column = hidden_states[:, :1].clone()
+        output = BaseModelOutputWithPast(last_hidden_state=first_column, hidden_states=head(hidden_states))
+    return Result(output, [layer.new for layer in layers], [layer.new_cores for layer in layers])
+
+
+def run_checkpointed(*arguments: Any) -> Result:
+    """As `run_segment`, which is called again in the backward pass."""
+    return checkpoint(run_segment, *arguments, use_reentrant=False)
+
+
+def flagged_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder and its layers, as far as gradient checkpointing is switched on for them."""
+    return [module for module in (decoder, *decoder.layers) if getattr(module, "gradient_checkpointing", False)]
+
+
+def checkpoints_layers(decoder: nn.Module) -> bool:
+    """Whether gradient checkpointing was switched on for the model.
+
+    Raises:
+        ValueError: it was switched on in its reentrant form.
+    """
+    flagged = flagged_modules(decoder)
+    for module in flagged:
+        if getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "PTE does not support reentrant gradient checkpointing: it would lose the gradients through cached "
+                "keys, values and states. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+    return bool(flagged)
+
+
+@contextlib.contextmanager
+def layer_checkpointing_off(decoder: nn.Module) -> Iterator[None]:
+    """Switch the layers' own checkpointing off for a call, also for one that is repeated in the backward pass.
+
+    A checkpointed layer drops its cache, and with it the thoughts. The replay checkpoints whole segments instead.
+    """
+    flagged = flagged_modules(decoder)
+    for module in flagged:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in flagged:
+            module.gradient_checkpointing = True
+
+
+@contextlib.contextmanager
+def input_gradients_off(decoder: nn.Module) -> Iterator[None]:
+    """Undo `enable_input_require_grads` for a call.
+
+    PEFT makes embeddings require a gradient for the sake of reentrant checkpointing. As leaves of the graph they would
+    stay alive, one hidden state a token.
+    """
+
+    def forget(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.detach() if output.is_leaf else output  # not a leaf: the embeddings are really trained
+
+    handle = decoder.get_input_embeddings().register_forward_hook(forget)
+    try:
+        yield
+    finally:
+        handle.remove()

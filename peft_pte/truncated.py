@@ -1,0 +1,226 @@
+"""Truncated gradients in constant memory: `gradient="truncated"` behind an ordinary `loss.backward()`.
+
+With cached keys and values constant at evictions, the segments between two evictions (a group) depend on earlier ones
+only through the cores, one [B, r, r] a layer. So nothing of the forward is kept. The backward pass goes over the
+sequence a second time, in the order of time, and takes each group's gradients as soon as the group is computed: those
+of the parameters, and those of the cores it read. Then the chain of cores is walked backwards. It needs what was
+evicted, the cores, and their gradients, which have waited in host memory; the device holds one group at a time.
+
+Gradients are the same as those of detaching keys and values at every eviction under ordinary autograd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .encoder import ENCODER_NAME, ThoughtEncoder
+from .families import attention_modules
+from .segments import Cores, Gone, LayerPast, Stored
+
+if TYPE_CHECKING:
+    from .replay import Replay
+
+
+def is_sharded(parameters: list[nn.Parameter]) -> bool:
+    """Whether parameters are gathered on demand (FSDP, ZeRO-3), which only ordinary autograd can do."""
+    return any(hasattr(p, name) for p in parameters for name in ("full_tensor", "_fsdp_flattened", "ds_id"))
+
+
+def results_of(output: BaseModelOutputWithPast, of_head: bool) -> list[torch.Tensor]:
+    """The tensors of a segment that a loss may depend on, each [B, q, ...]; with a head: log-probabilities, entropy."""
+    return list(output.hidden_states) if of_head else [output.last_hidden_state, *(output.hidden_states or ())]
+
+
+class Total:
+    """Sums of gradients by tensor."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+
+    def add(
+        self,
+        outputs: list[torch.Tensor],
+        gradients: list[torch.Tensor | None],
+        tensors: list[torch.Tensor],
+        others: list[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Backpropagate; the gradients of `others` are returned (zero where there is none) and not summed."""
+        # The loss does not depend on all outputs, nor do all of them (embeddings, say) on something that is trained.
+        used = [(x, gradient) for x, gradient in zip(outputs, gradients) if gradient is not None and x.requires_grad]
+        outputs, gradients = zip(*used)
+        found = torch.autograd.grad(outputs, [*tensors, *others], gradients, allow_unused=True)
+        for tensor, gradient in zip(tensors, found):
+            if gradient is not None:
+                self.gradients[tensor] = self.gradients[tensor] + gradient if tensor in self.gradients else gradient
+        rest = found[len(tensors) :]
+        return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(others, rest)]
+
+
+class Chain:
+    """The cores of all layers from eviction to eviction, computed without a graph, and their gradients.
+
+    Equivalent to `ThoughtEncoder.advance` under autograd. Encoders are called here and not in the attention modules'
+    hooks, which is why sharded parameters are left to ordinary autograd.
+    """
+
+    def __init__(self, run: Replay, batch_size: int):
+        self.run, self.batch_size = run, batch_size
+        attentions = sorted(attention_modules(run.decoder).values(), key=lambda module: module.layer_idx)
+        self.attentions: list[nn.Module] = attentions
+        self.encoders: list[ThoughtEncoder | None] = [getattr(module, ENCODER_NAME, None) for module in attentions]
+        self.steps: list[tuple[Gone | None, list[Cores]]] = []  # what each group's cores were made of
+        self.wanted: list[list[Cores]] = []  # the gradients of each group's cores
+
+    def advance(self, layer: int, cores: dict[str, torch.Tensor], gone: Gone | None) -> dict[str, torch.Tensor]:
+        """As the hooks of the attention module do before a segment."""
+        encoder = self.encoders[layer]
+        if encoder is None:
+            return {}
+        evicted = None if gone is None else gone.of_layer(layer)
+        return encoder.advance(cores, self.attentions[layer], evicted, self.batch_size)
+
+    def step(self, past: list[LayerPast], gone: Gone | None) -> list[torch.Tensor]:
+        """Carry the cores of the past on, as leaves of a new graph; returns them in the order of `finish_step`."""
+        old = [layer.cores for layer in past]
+        for index, layer in enumerate(past):
+            with torch.no_grad():
+                new = self.advance(index, {name: core.load() for name, core in layer.cores.items()}, gone)
+            layer.cores = {name: Stored(core.detach().requires_grad_()) for name, core in new.items()}
+        self.steps.append((gone, old))
+        return [core.load() for layer in past for core in layer.cores.values()]
+
+    def finish_step(self, past: list[LayerPast], gradients: list[torch.Tensor]) -> None:
+        """Note the gradients of the cores that `step` has returned, and move to host memory what waits."""
+        remaining = iter(gradients)
+        self.wanted.append([{name: Stored(next(remaining)) for name in layer.cores} for layer in past])
+        gone, old = self.steps[-1]
+        for cores in (*old, *self.wanted[-1]):
+            for core in cores.values():
+                core.to_host()
+        if gone is not None:
+            gone.to_host()
+
+    def backward(self, total: Total) -> None:
+        """Walk the chain backwards."""
+        for layer, encoder in enumerate(self.encoders):
+            if encoder is None:
+                continue
+            parameters = [p for p in encoder.parameters() if p.requires_grad]
+            carried: dict[str, torch.Tensor] = {}
+            for (gone, old), wanted in zip(reversed(self.steps), reversed(self.wanted)):
+                with torch.enable_grad():
+                    leaves = {name: core.load().detach().requires_grad_() for name, core in old[layer].items()}
+                    new = self.advance(layer, leaves, gone)
+                if any(core.requires_grad for core in new.values()):  # else they have just started, as constants
+                    gradients = [wanted[layer][name].load() + carried.get(name, 0) for name in new]
+                    found = total.add(list(new.values()), gradients, parameters, list(leaves.values()))
+                    carried = dict(zip(leaves, found))
+
+
+class Surroundings:
+    """The autocast and random state of the forward, for the second pass."""
+
+    def __init__(self, x: torch.Tensor):
+        self.device_types = {x.device.type, "cpu"}
+        self.autocast = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.device_types
+        }
+        self.cpu_state = torch.get_rng_state()
+        self.devices, self.device_states = get_device_states(x)
+
+    @contextlib.contextmanager
+    def autocast_as_before(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for kind, (enabled, dtype) in self.autocast.items():
+                # No cache: casts that were made without a graph must not be used where one is needed.
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=self.devices), self.autocast_as_before():
+            torch.set_rng_state(self.cpu_state)
+            set_device_states(self.devices, self.device_states)
+            yield
+
+
+class TruncatedReplay(torch.autograd.Function):
+    """`run` (a `Replay`) as one function of its input embeddings, if that is what its inputs are, and of parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Replay, embeds: torch.Tensor | None, *parameters: nn.Parameter
+    ) -> tuple[torch.Tensor, ...]:
+        """The joined results of all segments, each [B, T', ...] in the layout's columns; last, the first column of the
+        hidden states, [B, 1, D]."""
+        ctx.run, ctx.adapters = run, adapters_of(run)
+        ctx.save_for_backward(*parameters)  # also checks that they are not changed in between
+        ctx.surroundings = Surroundings(run.positions)
+        with ctx.surroundings.autocast_as_before():
+            outputs = run.run_all(truncated=True, checkpointed=False)
+        of_head = run.head is not None
+        results = [torch.cat(parts, dim=1) for parts in zip(*(results_of(output, of_head) for output in outputs))]
+        first_column = outputs[0].last_hidden_state[:, :1].clone()
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(first_column, *(results[1:] if of_head else ()))  # the entropy
+        return *results, first_column
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        run, parameters = ctx.run, list(ctx.saved_tensors)
+        if adapters_of(run) != ctx.adapters:
+            raise RuntimeError(
+                f"The active adapters were {ctx.adapters} in the forward pass and are {adapters_of(run)} in the "
+                "backward pass: with `gradient='truncated'` call `backward` before they are changed."
+            )
+        of_head = run.head is not None
+        wanted = gradients[:1] if of_head else gradients[:-1]
+        total, embeds_gradients = Total(), []
+        with ctx.surroundings.restored():
+            past = run.new_past()
+            chain = Chain(run, run.positions.shape[0])
+            for group in run.groups():
+                columns = slice(group[0].start, group[-1].end)
+                sizes = [segment.end - segment.start for segment in group]
+                own = [None if gradient is None else gradient[:, columns] for gradient in wanted]
+                gone = run.take_evicted(past, group[0]) if group[0].evict else None
+                cores = chain.step(past, gone)
+                needed = any(gradient is not None and bool(gradient.any()) for gradient in own)
+                others, embeds = list(cores), None
+                if ctx.needs_input_grad[1]:
+                    embeds = run.inputs["inputs_embeds"][:, columns].detach().requires_grad_()
+                    others.append(embeds)
+                with torch.set_grad_enabled(needed):
+                    outputs = [
+                        results_of(run.run(segment, past, None, needed and len(group) > 1, part), of_head)[: len(own)]
+                        for segment, part in zip(group, repeat(None) if embeds is None else embeds.split(sizes, dim=1))
+                    ]
+                    joined = [torch.cat(parts, dim=1) for parts in zip(*outputs)]
+                found = total.add(joined, own, parameters, others) if needed else [torch.zeros_like(x) for x in others]
+                del outputs, joined  # the graph, and with it all activations of the group
+                for layer in past:
+                    layer.detach()
+                chain.finish_step(past, found[: len(cores)])
+                embeds_gradients.extend(found[len(cores) :])
+            chain.backward(total)
+        return (
+            None,
+            torch.cat(embeds_gradients, dim=1) if embeds_gradients else None,
+            *map(total.gradients.get, parameters),
+        )
+
+
+def adapters_of(run: Replay) -> list[tuple[str, ...]]:
+    """The live adapters of each layer."""
+    encoders = (getattr(module, ENCODER_NAME, None) for module in attention_modules(run.decoder).values())
+    return [tuple(encoder.live_adapters) for encoder in encoders if encoder is not None]
