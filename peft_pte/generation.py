@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 from .cache import PTECache, refuse_rollback
 from .hooks import current_prompt, named_arguments
+
+
+class SampledLogProbs:
+    """Log-probabilities of the tokens that a `generate` call draws, without keeping any logits but the last.
+
+    It is handed to `generate` both as a logits processor, which sees the logits, and as a stopping criterion, which
+    sees the token that was drawn; noted in `current_recorder`. Logits are divided by `temperature` and not changed
+    otherwise, as in TRL's log-probabilities.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.tokens: list[torch.Tensor] = []
+        self._distribution: torch.Tensor | None = None
+
+    def process(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        self._distribution = (logits.float() / self.temperature).log_softmax(-1)
+        return logits
+
+    def note(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.tokens.append(self._distribution.gather(-1, input_ids[:, -1:])[:, 0])
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def rows(self, lengths: list[int]) -> list[list[float]]:
+        """The first `lengths[b]` log-probabilities of row b."""
+        table = torch.stack(self.tokens, dim=1).tolist()
+        return [row[:length] for row, length in zip(table, lengths, strict=True)]
+
+
+current_recorder: ContextVar[SampledLogProbs | None] = ContextVar("pte_recorder", default=None)
 
 REFUSED_GENERATION = {
     "prompt_lookup_num_tokens": "prompt-lookup decoding rolls the cache back, but evicted thoughts cannot come back",
@@ -48,6 +80,11 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
         inputs = call.get(name) if inputs is None else inputs
     # Without inputs, `generate` starts from the BOS token.
     token = current_prompt.set((attachment.decoder, 1 if inputs is None else inputs.shape[1]))
+    recorder = current_recorder.get()
+    if recorder is not None:
+        args, kwargs = (), dict(call)
+        for name, function in (("logits_processor", recorder.process), ("stopping_criteria", recorder.note)):
+            kwargs[name] = [*(call.get(name) or ()), function]
     try:
         return original(*args, **kwargs)
     finally:

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from peft_pte import PTECache, PTEConfig, sequence_logprobs
+from peft_pte import PTECache, PTEConfig, sequence_logprobs, sequence_loss
 
 trl = pytest.importorskip("trl", reason="TRL is an optional dependency: pip install peft-pte[trl]")
 datasets = pytest.importorskip("datasets")
+
+from peft_pte.trl import PTEGRPOTrainer  # noqa: E402  (needs TRL)
 
 PTE = dict(task_type="CAUSAL_LM", r=4, num_global_tokens=3, window_size=8)
 COMMON = dict(per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to="none", logging_steps=1, max_steps=2)
@@ -128,3 +131,132 @@ def test_sft_on_completions(tmp_path: Path) -> None:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[-1]["loss"] < logs[0]["loss"]
     assert {"entropy", "mean_token_accuracy"} <= logs[0].keys()
+
+
+def test_assistant_only_sft_on_conversations(tmp_path: Path) -> None:
+    """The first assistant token is the border, and only assistant tokens count."""
+    words = tokenizer()
+    words.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}w4 {{ m.content }} w5 {% else %}"
+        "{% generation %}{{ m.content }} w2 {% endgeneration %}{% endif %}{% endfor %}"
+    )
+    answer = " ".join(f"w{6 + j % 4}" for j in range(20))
+    rows = [
+        dict(messages=[dict(role="user", content=f"w{30 + i % 5} w7"), dict(role="assistant", content=answer)])
+        for i in range(32)
+    ]
+    trainer = trl.SFTTrainer(
+        model=base_model(),
+        processing_class=words,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), learning_rate=3e-2, assistant_only_loss=True, **(COMMON | dict(max_steps=8))
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        peft_config=PTEConfig(**PTE),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model
+    assert bool((batch["labels"][:, :4] == -100).all()) and int((batch["labels"][0] != -100).sum()) == 21
+    with torch.no_grad():
+        assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(
+            sequence_loss(model, batch["input_ids"], batch["labels"], batch["attention_mask"]).item(), rel=1e-4
+        )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert {"entropy", "mean_token_accuracy"} <= logs[0].keys()
+
+
+def test_dpo_and_rloo_share_the_path(tmp_path: Path) -> None:
+    """They run unchanged; on the first step DPO's policy with A = 0 differs from its full-cache reference by the
+    window alone."""
+    rows = [
+        dict(prompt="w5 w6 w7", chosen=" ".join(f"w{8 + (i + j) % 4}" for j in range(20)), rejected="w20 w21 w22 " * 6)
+        for i in range(16)
+    ]
+    dpo = trl.DPOTrainer(
+        model=base_model(),
+        processing_class=tokenizer(),
+        args=trl.DPOConfig(output_dir=str(tmp_path / "dpo"), learning_rate=3e-2, **(COMMON | dict(max_steps=6))),
+        train_dataset=datasets.Dataset.from_list(rows),
+        peft_config=PTEConfig(**PTE),
+    )
+    dpo.train()
+    logs = [entry for entry in dpo.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"] and logs[-1]["rewards/margins"] > 0
+    rloo = trl.RLOOTrainer(
+        model=base_model(),
+        processing_class=tokenizer(),
+        reward_funcs=reward,
+        args=trl.RLOOConfig(
+            output_dir=str(tmp_path / "rloo"), num_generations=4, max_completion_length=24, beta=0.04, **COMMON
+        ),
+        train_dataset=prompts(),
+        peft_config=PTEConfig(**PTE),
+    )
+    before = {name: p.clone() for name, p in rloo.model.named_parameters() if p.requires_grad}
+    rloo.train()
+    assert all(entry["kl"] > 0 for entry in rloo.state.log_history if "kl" in entry)
+    assert any(not torch.equal(p, before[name]) for name, p in rloo.model.named_parameters() if name in before)
+
+
+def grpo(trainer: type, output: Path, model: Any = None, gradient: str = "full", **options: Any) -> Any:
+    arguments = dict(num_generations=4, max_completion_length=24, learning_rate=1e-3, beta=0.04, temperature=0.9)
+    torch.manual_seed(0)
+    return trainer(
+        model=base_model() if model is None else model,
+        processing_class=tokenizer(),
+        reward_funcs=reward,
+        args=trl.GRPOConfig(output_dir=str(output), seed=1, **(COMMON | arguments | options)),
+        train_dataset=prompts(),
+        peft_config=PTEConfig(**PTE, init_weights=False, pte_alpha=1, gradient=gradient) if model is None else None,
+    )
+
+
+def test_flat_grpo_trainer_is_trl_s_with_another_head(tmp_path: Path) -> None:
+    """The same losses, KL and entropy as `trl.GRPOTrainer`, on the same rollouts, and ratios of 1."""
+    runs = [grpo(kind, tmp_path / kind.__name__) for kind in (trl.GRPOTrainer, PTEGRPOTrainer)]
+    logs = []
+    for run in runs:
+        torch.manual_seed(3)
+        run.train()
+        logs.append([entry for entry in run.state.log_history if "kl" in entry])
+    for expected, actual in zip(*logs):
+        for name in ("loss", "kl", "entropy", "reward", "completions/mean_length"):
+            assert actual[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+        assert abs(actual["importance_ratio/min"] - 1) <= 1e-5 and abs(actual["importance_ratio/max"] - 1) <= 1e-5
+
+
+def test_flat_grpo_trainer_trains_truncated_with_several_inner_steps(tmp_path: Path) -> None:
+    """Ratios are 1 on the first inner step of each rollout and not on the second."""
+    run = grpo(PTEGRPOTrainer, tmp_path, gradient="truncated", num_iterations=2, max_steps=4, learning_rate=1e-2)
+    run.train()
+    logs = [entry for entry in run.state.log_history if "kl" in entry]
+    for step, entry in enumerate(logs):
+        far = max(abs(entry["importance_ratio/min"] - 1), abs(entry["importance_ratio/max"] - 1))
+        assert far <= 1e-5 if step % 2 == 0 else far > 1e-4
+
+
+def test_flat_grpo_trainer_takes_the_base_model_as_the_reference_of_a_ready_model(tmp_path: Path) -> None:
+    ready = get_peft_model(base_model(), PTEConfig(**PTE, init_weights=False))
+    assert "ref" in grpo(trl.GRPOTrainer, tmp_path / "trl", model=ready).model.peft_config
+    ready = get_peft_model(base_model(), PTEConfig(**PTE, init_weights=False))
+    run = grpo(PTEGRPOTrainer, tmp_path / "pte", model=ready)
+    assert list(run.model.peft_config) == ["default"]
+    run.train()
+    assert all(entry["kl"] > 1e-4 for entry in run.state.log_history if "kl" in entry)  # from the base, not from itself
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(use_vllm=True), "`use_vllm=True` is not supported with PTE"),
+        (dict(use_transformers_continuous_batching=True), "paged cache holds no thought states"),
+        (dict(entropy_coef=0.1), "An entropy bonus"),
+    ],
+)
+def test_flat_grpo_trainer_refuses_when_it_is_built(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grpo(PTEGRPOTrainer, tmp_path, **options)
+    with pytest.raises(ValueError, match="The model has no PTE adapter"):
+        grpo(PTEGRPOTrainer, tmp_path, model=base_model())
