@@ -19,7 +19,7 @@ from safetensors import safe_open
 from test_policy import Case, cases, left_padded, right_padded
 from transformers import Trainer, TrainingArguments
 
-from peft_pte import PTECache, PTEConfig, sequence_logprobs
+from peft_pte import PTECache, PTEConfig, sequence_logprobs, sequence_loss
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -246,7 +246,17 @@ class Recall(torch.utils.data.Dataset):
         return dict(input_ids=self.ids[index], labels=labels)
 
 
-def trainer(config, folder: Path, **options) -> Trainer:
+class FlatTrainer(Trainer):
+    """As in the README."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = sequence_loss(
+            model, inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"), num_items_in_batch
+        )
+        return (loss, {}) if return_outputs else loss
+
+
+def trainer(config, folder: Path, kind: type[Trainer] = Trainer, **options) -> Trainer:
     """A plain script; `config` is the only line in which LoRA and PTE differ."""
     model = get_peft_model(tiny_model("llama", torch.float32), config)
     settings = dict(
@@ -261,7 +271,7 @@ def trainer(config, folder: Path, **options) -> Trainer:
         seed=0,
         disable_tqdm=True,
     )
-    return Trainer(model, TrainingArguments(**(settings | options)), train_dataset=Recall(), eval_dataset=Recall(8))
+    return kind(model, TrainingArguments(**(settings | options)), train_dataset=Recall(), eval_dataset=Recall(8))
 
 
 def losses(run: Trainer) -> list[float]:
@@ -303,6 +313,20 @@ def test_gradient_checkpointing_does_not_change_training(tmp_path: Path) -> None
         runs.append(trainer(PTE, tmp_path / str(flag), max_steps=3, gradient_checkpointing=flag))
         runs[-1].train()
     torch.testing.assert_close(losses(runs[0]), losses(runs[1]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["full", "truncated"])
+def test_trainer_with_the_loss_head(tmp_path: Path, gradient: str) -> None:
+    """Under gradient accumulation: the losses and the evaluation of the plain Trainer."""
+    config = PTEConfig(task_type="CAUSAL_LM", r=8, window_size=6, num_global_tokens=4, gradient=gradient)
+    options = dict(max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    runs = [trainer(config, tmp_path / kind.__name__, kind, **options) for kind in (Trainer, FlatTrainer)]
+    for run in runs:
+        run.train()
+    assert len(losses(runs[0])) == 4
+    torch.testing.assert_close(losses(runs[1]), losses(runs[0]), rtol=1e-4, atol=0)
+    evaluations = [run.evaluate()["eval_loss"] for run in runs]
+    assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-4)
 
 
 def test_bf16_autocast_keeps_states_in_float32() -> None:
