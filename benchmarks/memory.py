@@ -216,6 +216,20 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
+def provenance(device: str, command: str) -> dict[str, str]:
+    """Where figures come from."""
+    folder = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    return dict(
+        card=torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " CPU",
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        peft=peft.__version__,
+        commit=commit.stdout.strip(),
+        command=command,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -228,19 +242,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot:
         return plot(options.plot)
-    folder = Path(__file__).parent
-    output = options.output or folder / "results" / f"memory_{options.device}.csv"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    about = dict(
-        shape=options.shape,
-        window_size=options.window_size,
-        card=torch.cuda.get_device_name() if options.device == "cuda" else platform.machine() + " CPU",
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        peft=peft.__version__,
-        commit=commit.stdout.strip(),
-        command=" ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
-    )
+    output = options.output or Path(__file__).parent / "results" / f"memory_{options.device}.csv"
+    command = " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]])
+    about = dict(shape=options.shape, window_size=options.window_size) | provenance(options.device, command)
     rows = []
     for arm in options.only:
         for length in options.lengths:

@@ -74,3 +74,12 @@ def test_memory_benchmark_counts_what_the_backward_pass_needs(tmp_path: Path) ->
         assert keys_and_values <= host_per_token <= 1.2 * keys_and_values
     assert value(lora, 1536) > 1.5 * value(lora, 768)
     assert (tmp_path / "memory.png").exists()
+
+
+def test_gpu_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
+    """The same checks and measurements on the CPU; correctness is recorded before anything is measured."""
+    options = ["--device", "cpu", "--shapes", "small", "--lengths", 512, "--minutes", 0.1, "--output", tmp_path]
+    done = run("benchmarks/gpu.py", *options)
+    assert done.returncode == 0, done.stderr
+    checks = list(csv.DictReader((tmp_path / "gpu_correctness.csv").open()))
+    assert len(checks) == 6 and all(row["passed"] == "True" for row in checks)
