@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
+from .checkpoints import AtomicCheckpoints
 from .config import PTEConfig
 from .generation import SampledLogProbs, current_recorder
 from .heads import sequence_logprobs
 
 
-class PTEGRPOTrainer(GRPOTrainer):
+class PTEGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
     """`trl.GRPOTrainer`, with the same arguments, for a model with a PTE adapter.
 
     - Log-probabilities and entropies come from `sequence_logprobs`; with `PTEConfig(gradient="truncated")` memory on
@@ -26,6 +27,7 @@ class PTEGRPOTrainer(GRPOTrainer):
       initial adapter when it is given a model that has one already.
     - Importance ratios of training to sampling are logged as `importance_ratio/{min,mean,max}`: decoding notes the
       log-probability of every token it draws. Before the first optimizer step on a rollout they are 1.
+    - Checkpoints are complete or not there, whenever the run is killed (`AtomicCheckpoints`).
 
     Raises:
         ValueError: vLLM, continuous batching (paged caches), tools or an entropy bonus are asked for.

@@ -229,8 +229,10 @@ def test_flat_grpo_trainer_is_trl_s_with_another_head(tmp_path: Path) -> None:
 
 def test_flat_grpo_trainer_trains_truncated_with_several_inner_steps(tmp_path: Path) -> None:
     """Ratios are 1 on the first inner step of each rollout and not on the second."""
-    run = grpo(PTEGRPOTrainer, tmp_path, gradient="truncated", num_iterations=2, max_steps=4, learning_rate=1e-2)
+    options = dict(num_iterations=2, max_steps=4, learning_rate=1e-2, save_steps=2, save_total_limit=1)
+    run = grpo(PTEGRPOTrainer, tmp_path, gradient="truncated", **options)
     run.train()
+    assert [path.name for path in tmp_path.iterdir() if "README" not in path.name] == ["checkpoint-4"]
     logs = [entry for entry in run.state.log_history if "kl" in entry]
     for step, entry in enumerate(logs):
         far = max(abs(entry["importance_ratio/min"] - 1), abs(entry["importance_ratio/max"] - 1))
