@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -180,7 +181,21 @@ class ThoughtEncoder(nn.Module, PTELayer):
     def read_all(self, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The states of the live adapters by name, each [B, r, r]."""
         with self._full_precision():
-            return {name: self.read(name, cores[name]) for name in self.live_adapters}
+            states = {name: self.read(name, cores[name]) for name in self.live_adapters}
+            if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+                states = {name: state + self.touch(name) for name, state in states.items()}
+            return states
+
+    def touch(self, name: str) -> torch.Tensor:
+        """Zero, by way of every parameter, so that in every segment of every process all of them have a gradient.
+
+        DDP and FSDP wait for gradients that would be missing where nothing has been evicted.
+        """
+        empty = self.pte_query_tokens[name]()[:0]
+        if name in self.pte_global_tokens:
+            empty = torch.cat([empty, self.pte_global_tokens[name]()[:0]])
+        linears = (self.pte_query[name], self.pte_key[name], self.pte_value[name])
+        return sum(linear(empty).sum() for linear in linears)
 
     def _full_precision(self) -> torch.autocast:
         """States are float32 under autocast too."""

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -104,6 +105,7 @@ class Replay:
         moved to host memory, from where a recomputed segment gets it.
         """
         past, outputs = self.new_past(), []
+        missing = num_missing(self.decoder, sum(1 for _ in self.segments()), self.positions.device)
         for segment in self.segments():
             if truncated and segment.evict:
                 for layer in past:
@@ -116,7 +118,34 @@ class Replay:
                     core.to_host()
                 if gone is not None:
                     gone.to_host()
+        for _ in range(missing):
+            zero, first = self.idle(checkpointed), outputs[0]
+            if self.head is None:
+                first.last_hidden_state = first.last_hidden_state + zero
+            else:
+                logprobs, entropy = first.hidden_states
+                first.hidden_states = (logprobs + zero, entropy)
         return outputs
+
+    def idle(self, checkpointed: bool) -> torch.Tensor:
+        """Compute a segment of one token for nothing: zero, and in the graph, so that it has a backward pass too."""
+        inputs = {name: tensor[:1, :1] for name, tensor in self.inputs.items()}
+        kwargs = dict(self.kwargs, **inputs, attention_mask=None, position_ids=self.positions[:1, :1])
+        run = run_checkpointed if checkpointed else run_segment
+        past = [([], {}) for _ in range(self.decoder.config.num_hidden_layers)]
+        return run(self.decoder, self.forward, None, past, None, 0, kwargs).output.last_hidden_state[..., :0].sum()
+
+
+def num_missing(decoder: nn.Module, num_segments: int, device: torch.device) -> int:
+    """How many segments more than here the longest sequence of all processes has, if parameters are sharded.
+
+    They are gathered in every segment by all processes together, so that all need the same number of segments.
+    """
+    if not (dist.is_available() and dist.is_initialized() and is_sharded(list(decoder.parameters()))):
+        return 0
+    most = torch.tensor(num_segments, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most) - num_segments
 
 
 def replay(
