@@ -68,7 +68,8 @@ class PTEConfig(PeftConfig):
             `"full"`: exact gradients. `"truncated"`: training in constant memory on the device. Keys and values in the
             cache become constants at each eviction, so a token learns nothing from how later segments attend to it;
             the chain of states keeps its exact gradient (evicted keys and values wait for it in host memory). The
-            forward is computed twice, as with gradient checkpointing.
+            forward is computed twice, as with gradient checkpointing. (Gradients through a cache that is fed step by
+            step, `use_cache=True` without `no_grad`, are always exact.)
         offload (`bool`):
             With `gradient="full"` and gradient checkpointing: what is kept of earlier segments for the backward pass
             (keys, values and states) waits in host memory, pinned if the model is on a GPU.

@@ -187,6 +187,8 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     # Without a border a call with the cache on is a prefill, unless it looks like training. Where nothing is evicted
     # the border makes no difference.
     makes_cache = cache is None and use_cache and (border is None or explicit_cache)
+    if policy.retained_prefix != "prompt" and length > policy.retained_prefix + policy.window_size:
+        makes_cache = makes_cache and (explicit_cache or not attachment.trains())
     if cache is None and border is None and policy.retained_prefix == "prompt":
         fits = policy.window_size != "prompt" and length <= policy.window_size
         is_prefill = makes_cache and (explicit_cache or not attachment.trains())

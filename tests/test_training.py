@@ -20,6 +20,7 @@ from test_policy import Case, cases, left_padded, right_padded
 from transformers import Trainer, TrainingArguments
 
 from peft_pte import PTECache, PTEConfig, sequence_logprobs, sequence_loss
+from peft_pte.segments import host_copy
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -146,6 +147,20 @@ def test_truncated_gradients_accumulate_scale_and_autocast(head: bool) -> None:
         assert expected.dtype == torch.float32
         assert (found[1][name] - expected).abs().max() <= 1e-2 * scale, name
     assert scale > 1
+
+
+def test_training_with_an_integer_prefix_needs_no_border() -> None:
+    """It is a replay, not a prefill: memory is that of the configuration."""
+    model = with_adapter(tiny_model("llama"), window_size=6, retained_prefix=2, gradient="truncated").train()
+    ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(0))
+    with patch("peft_pte.segments.host_copy", side_effect=host_copy) as moved:
+        output = model(input_ids=ids)
+        actual = gradients(model, output.logits.sin().sum())
+    assert output.past_key_values is None and moved.call_count > 0
+    with ordinary_autograd():
+        assert_same(actual, gradients(model, model(input_ids=ids).logits.sin().sum()))
+    with torch.no_grad():
+        assert isinstance(model(input_ids=ids).past_key_values, PTECache)
 
 
 def test_adapters_changed_before_the_backward_pass_are_noticed() -> None:
