@@ -17,8 +17,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-# Beside the checkpoints, hence on the same filesystem. It is no checkpoint by its name, and the Trainer's uploads to the
-# Hub leave out what begins with an underscore.
+# Beside the checkpoints, hence on the same filesystem. It is no checkpoint by its name, and the Trainer's uploads to
+# the Hub leave out what begins with an underscore.
 STAGING = "_incomplete"
 
 
@@ -36,13 +36,13 @@ def sync(*paths: Path) -> None:
 class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
     """Mixin for a `Trainer` of any kind, named before it among the base classes.
 
-    A checkpoint is written to a staging folder, flushed to the disk and renamed; what rotation removes is renamed first.
-    `save_model` writes beside the files of an older model and then replaces them one by one. What a killed run has left
-    is removed by the next save. Several processes must share the filesystem.
+    A checkpoint is written to a staging folder, flushed to the disk and renamed; what rotation removes is renamed
+    first. `save_model` writes beside the files of an older model and then replaces them one by one. What a killed run
+    has left is removed by the next save. Several processes must share the filesystem.
 
-    It relies on this, the same in transformers 5.17 to 5.23: `_save_checkpoint` asks `_get_output_dir` where checkpoints
-    go and ends with an upload by `_push_from_checkpoint` and the rotation; `_save` writes the model; `_finalize_training`
-    keeps only the best checkpoint if `save_total_limit` is 1.
+    It relies on this, the same in transformers 5.17 to 5.23: `_save_checkpoint` asks `_get_output_dir` where
+    checkpoints go, and ends with an upload by `_push_from_checkpoint` and the rotation; `_save` writes the model;
+    `_finalize_training` keeps only the best checkpoint if `save_total_limit` is 1.
     """
 
     _staging: Path | None = None  # while a checkpoint is being written
@@ -67,10 +67,9 @@ class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        # The best one has been looked for in the staging folder.
-        self.state.best_model_checkpoint = str(best_checkpoint) if best_checkpoint == checkpoint else best
-        if best_checkpoint.exists():
-            self.state.best_model_checkpoint = str(best_checkpoint)
+        # It has been looked for in the staging folder.
+        found = best_checkpoint == checkpoint or best_checkpoint.exists()
+        self.state.best_model_checkpoint = str(best_checkpoint) if found else best
         self.accelerator.wait_for_everyone()  # each process has written its part
         if self.args.should_save:
             written = folder / STAGING / checkpoint.name
@@ -81,7 +80,6 @@ class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
             os.rename(written, checkpoint)
             sync(folder)
             self._rotate(folder, [str(checkpoint), self.state.best_model_checkpoint], self.args.save_total_limit)
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
