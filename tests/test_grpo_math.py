@@ -1,0 +1,130 @@
+"""The GRPO example: the tiny job, its checkpoints and logs, and a real checkpoint with a file of problems."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from models import tiny_model
+
+pytest.importorskip("trl", reason="TRL is an optional dependency: pip install peft-pte[grpo]")
+pytest.importorskip("tensorboard", reason="the example logs to TensorBoard: pip install peft-pte[grpo]")
+
+LOGGED = {"reward", "completions/mean_length", "cache/evicted", "cache/state_norm", "memory/peak_mib"}
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """The script as a module: a process of its own would load everything once more."""
+    path = Path(__file__).parents[1] / "examples" / "grpo_math.py"
+    spec = importlib.util.spec_from_file_location("grpo_math", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["grpo_math"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def history(run: Path) -> list[dict]:
+    """The steps that the newest checkpoint knows of."""
+    newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "reward" in entry]
+
+
+def tensorboard_tags(run: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = set()
+    for file in run.rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        tags |= {tag.removeprefix("train/") for tag in events.Tags()["scalars"]}
+    return tags
+
+
+@pytest.mark.parametrize("arm", ["pte", "lora"])
+def test_tiny_job_logs_and_resumes(example: ModuleType, tmp_path: Path, arm: str) -> None:
+    """A second call with --resume goes on from the last complete checkpoint, with the steps before it in the log."""
+    tiny = ["--tiny", "--arm", arm, "--output", str(tmp_path), "--base-steps", "3", "--start-steps", "3"]
+    tiny += ["--batch-size", "8", "--per-device-batch-size", "8", "--num-generations", "4", "--save-steps", "2"]
+    example.main([*tiny, "--max-steps", "2"])
+    run = tmp_path / f"{arm}-0"
+    assert (run / "checkpoint-2" / "adapter_model.safetensors").exists()
+    first = history(run)
+    assert [entry["step"] for entry in first] == [1, 2]
+    logged = LOGGED if arm == "pte" else LOGGED - {"cache/state_norm"}
+    assert all(logged <= entry.keys() for entry in first)
+    assert logged <= tensorboard_tags(run)
+    # An untrained model rarely stops: 32 tokens of which the last is not stored, and a window of 8 that empties by 4.
+    assert 0 < first[0]["cache/evicted"] <= 24
+
+    example.main([*tiny, "--max-steps", "4", "--resume"])
+    assert history(run)[:2] == first and [entry["step"] for entry in history(run)] == [1, 2, 3, 4]
+    rows = list(csv.DictReader((run / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"] and rows[-1]["accuracy"]
+    example.main(["--output", str(tmp_path), "--plot", str(tmp_path / "results.csv")])
+    assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_lora_arm_checkpoints_what_it_trains(example: ModuleType, tmp_path: Path) -> None:
+    """The bounded cache around LoRA must not hide LoRA from checkpoints."""
+    options = example.arguments(["--tiny", "--arm", "lora"])
+    model, other = (example.attach(tiny_model("llama", torch.float32), options) for _ in range(2))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    loaded = {name: parameter for name, parameter in other.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == loaded.keys()
+    assert all(torch.equal(parameter, loaded[name]) for name, parameter in trained.items())
+
+
+def test_resume_without_a_checkpoint_is_refused(example: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        example.main(["--tiny", "--output", str(tmp_path), "--resume"])
+
+
+def test_checkpoint_and_json_lines(example: ModuleType, tmp_path: Path) -> None:
+    """What a user runs: a local checkpoint, problems in a file, answers checked by math-verify."""
+    pytest.importorskip("math_verify", reason="the reward needs math-verify: pip install peft-pte[grpo]")
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path / "model")
+    example.Chains.tokenizer().save_pretrained(tmp_path / "model")
+    lines = [json.dumps(dict(prompt=f"a +{i} ? a", answer=i)) for i in range(8)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines))
+    options = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "problems.jsonl")]
+    options += ["--batch-size", "8", "--per-device-batch-size", "4", "--num-generations", "4", "--max-steps", "2"]
+    options += ["--max-completion-length", "24", "--window-size", "8", "--rank", "4", "--num-global-tokens", "2"]
+    example.main([*options, "--output", str(tmp_path / "out"), "--save-steps", "1", "--paper"])
+    run = tmp_path / "out" / "pte-0"
+    assert all(entry.keys() >= LOGGED for entry in history(run))
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert config["state_update"] == "sum" and config["window_size"] == 8
+
+
+def test_math_reward(example: ModuleType) -> None:
+    pytest.importorskip("math_verify", reason="the reward needs math-verify: pip install peft-pte[grpo]")
+    texts = [
+        "so 3 + 4 = 7, \\boxed{7}",
+        "Answer: $\\frac{1}{2}$",
+        "Answer: 12",
+        "I do not know",
+        "1 + 1 = 2.\nAnswer: 3",
+    ]
+    completions = [[dict(role="assistant", content=text)] for text in texts]
+    assert example.math_reward(completions, ["7", "0.5", "13", "4", "3"]) == [1.0, 1.0, 0.0, 0.0, 1.0]
+
+
+def test_dapo_columns(example: ModuleType, tmp_path: Path) -> None:
+    """DAPO's prompts are messages already and stay as they are; repeated problems are dropped."""
+    row = dict(prompt=[dict(role="user", content="1 + 1?")], reward_model=dict(ground_truth="2", style="rule"))
+    (tmp_path / "dapo.jsonl").write_text("\n".join([json.dumps(row)] * 3))
+    problems = example.load_problems(example.arguments(["--dataset", str(tmp_path / "dapo.jsonl")]))
+    assert problems.to_list() == [dict(prompt=row["prompt"], answer="2")]
