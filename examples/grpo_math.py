@@ -392,10 +392,10 @@ def plot(output: Path, table: Path) -> None:
         curves = [[float(r["reward"]) for r in rows if (r["arm"], r["seed"]) == (arm, seed)] for seed in seeds]
         smooth = [torch.tensor(curve).unfold(0, min(10, len(curve)), 1).mean(-1) for curve in curves]
         for curve in smooth:
-            axis.plot(curve, color=color, alpha=0.3, linewidth=1)
+            axis.plot(range(10, 10 + len(curve)), curve, color=color, alpha=0.3, linewidth=1)
         if smooth:
             mean = torch.stack([curve[: min(map(len, smooth))] for curve in smooth]).mean(0)
-            axis.plot(mean, color=color, label=f"{label}: mean of {len(smooth)} seeds")
+            axis.plot(range(10, 10 + len(mean)), mean, color=color, label=f"{label}: mean of {len(smooth)} seeds")
     axis.set(xlabel="GRPO step", ylabel="reward, running mean of 10", ylim=(0, 1), title="Chains under a tight window")
     axis.legend()
     axis.grid(alpha=0.3)
@@ -450,7 +450,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = get_last_checkpoint(options.run) if options.resume else None
     if options.resume and not checkpoint:
         raise SystemExit(f"--resume: there is no checkpoint in {options.run}.")
-    accuracy: dict[int, float] = {}
+    log, accuracy = options.run / "log.csv", {}
+    if checkpoint and log.exists():
+        accuracy = {int(row["step"]): float(row["accuracy"]) for row in csv.DictReader(log.open()) if row["accuracy"]}
     if options.tiny:
         torch.set_num_threads(1)
         options.model = options.output / f"base-{options.seed}"
@@ -473,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
         accuracy[trainer.state.global_step] = Chains.accuracy(model, tokenizer)
         print(f"{options.arm}, after GRPO: {accuracy[trainer.state.global_step]:.3f} right")
     if trainer.is_world_process_zero():
-        write_table(log_table(options, trainer.state.log_history, accuracy), options.run / "log.csv")
+        write_table(log_table(options, trainer.state.log_history, accuracy), log)
 
 
 if __name__ == "__main__":
