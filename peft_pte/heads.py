@@ -85,6 +85,16 @@ def token_logprobs(
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+def first_labels(labels: torch.Tensor) -> torch.Tensor:
+    """The column [B] of each row's first label that is not -100; a row without any takes the batch's minimum.
+
+    T for all rows if there are no labels at all. `labels` [B, T].
+    """
+    length = labels.shape[1]
+    first = torch.where(labels != -100, torch.arange(length, device=labels.device), length).amin(-1)
+    return torch.where(first == length, first.min(), first)
+
+
 def needed_columns(valid: torch.Tensor, border: torch.Tensor | None) -> torch.Tensor:
     """The columns [B, T] (bool) whose next token is a thought that is asked for. `valid` [B, T], `border` [B]."""
     needed = valid & valid.roll(-1, dims=1)
@@ -183,10 +193,7 @@ def sequence_loss(
             "`labels` hold other tokens than `input_ids` (both unshifted). A loss on other tokens needs the logits: "
             "use `model(..., labels=labels).loss`."
         )
-    length = labels.shape[1]
-    first = torch.where(wanted, torch.arange(length, device=labels.device), length).amin(-1)
-    border = torch.where(first == length, first.min(), first)  # as in a forward with labels
-    logprobs, _ = sequence_logprobs(model, input_ids, attention_mask, border)
+    logprobs, _ = sequence_logprobs(model, input_ids, attention_mask, first_labels(labels))
     total = -(logprobs * wanted).sum()
     count = wanted[:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache import PTECache
 from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
-from .heads import Head, as_output, current_head, current_hidden, needed_columns, token_logprobs
+from .heads import Head, as_output, current_head, current_hidden, first_labels, needed_columns, token_logprobs
 from .layer import Linear
 from .replay import join_outputs, replay
 from .segments import layer_checkpointing_off
@@ -132,11 +132,9 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
         return border.long()
     labels = call.get("labels")
     if isinstance(labels, torch.Tensor) and labels.shape == (batch_size, length):
-        has_label = (labels != -100).to(x.device)
-        first = torch.where(has_label, torch.arange(length, device=x.device), length).amin(-1)
-        if bool((first == length).all()):
+        border = first_labels(labels.to(x.device))
+        if bool((border == length).all()):
             return None
-        border = torch.where(first == length, first.min(), first)
         mask = call.get("attention_mask")
         if keeps_prompt and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
             num_prompt = border if mask is None else mask[:, :length].to(x.device).cumsum(-1).gather(1, border[:, None])
@@ -187,14 +185,14 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     # Without a border a call with the cache on is a prefill, unless it looks like training. Where nothing is evicted
     # the border makes no difference.
     makes_cache = cache is None and use_cache and (border is None or explicit_cache)
-    if policy.retained_prefix != "prompt" and length > policy.retained_prefix + policy.window_size:
-        makes_cache = makes_cache and (explicit_cache or not attachment.trains())
-    if cache is None and border is None and policy.retained_prefix == "prompt":
-        fits = policy.window_size != "prompt" and length <= policy.window_size
-        is_prefill = makes_cache and (explicit_cache or not attachment.trains())
-        if not fits and not is_prefill:
-            raise ValueError(UNKNOWN_BORDER.format(length=length, window=policy.window_size))
-        if not makes_cache:
+    if cache is None and border is None:
+        keeps_prompt = policy.retained_prefix == "prompt"
+        num_kept = 0 if keeps_prompt else policy.retained_prefix
+        fits = policy.window_size != "prompt" and length <= num_kept + policy.window_size
+        makes_cache = makes_cache and bool(fits or explicit_cache or not attachment.trains())
+        if keeps_prompt and not makes_cache:
+            if not fits:
+                raise ValueError(UNKNOWN_BORDER.format(length=length, window=policy.window_size))
             # The whole row may count as prompt; a head is asked for all of it.
             border = torch.full((batch_size,), length if head is None else 0, device=x.device)
     if makes_cache:

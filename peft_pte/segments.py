@@ -72,11 +72,11 @@ class Gone(NamedTuple):
     valid: torch.Tensor | None
 
     def key_positions(self) -> KeyPositions:
-        """Not kept, since it holds tables as large as the keys of a head."""
+        """One for all layers; not kept, since it holds tables as large as the keys of a head."""
         return KeyPositions(self.rotary_emb, self.positions)
 
-    def of_layer(self, index: int, key_positions: KeyPositions | None = None) -> Evicted:
-        return Evicted(*joined(self.pieces[index]), key_positions or self.key_positions(), self.valid)
+    def of_layer(self, index: int, key_positions: KeyPositions) -> Evicted:
+        return Evicted(*joined(self.pieces[index]), key_positions, self.valid)
 
     def to_host(self) -> None:
         for pieces in self.pieces:
@@ -193,7 +193,7 @@ def run_segment(
     """Compute one segment of `num_seen` seen tokens from the past; a second call gives the same."""
     evicted: list[Callable[[], Evicted] | None] = [None] * len(past)
     if gone is not None:
-        positions = gone.key_positions()  # one for all layers
+        positions = gone.key_positions()
         evicted = [lambda index=index: gone.of_layer(index, positions) for index in range(len(past))]
     layers = [SegmentLayer(*layer, gone_here, num_seen) for layer, gone_here in zip(past, evicted)]
     with layer_checkpointing_off(decoder), input_gradients_off(decoder):

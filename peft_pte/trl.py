@@ -95,11 +95,9 @@ class PTEGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         total, count = self.accelerator.gather(sums).view(-1, 2).sum(0).tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["importance_ratio/mean"].append(total / max(count, 1))
-        for name, masked in (
-            ("min", ratios.masked_fill(~mask, 1).amin()),
-            ("max", ratios.masked_fill(~mask, 1).amax()),
-        ):
-            metrics[f"importance_ratio/{name}"].append(getattr(self.accelerator.gather(masked), name)().item())
+        kept = ratios.masked_fill(~mask, 1)
+        metrics["importance_ratio/min"].append(self.accelerator.gather(kept.amin()).min().item())
+        metrics["importance_ratio/max"].append(self.accelerator.gather(kept.amax()).max().item())
 
 
 def refuse_arguments(args: GRPOConfig | None, tools: Any) -> None:

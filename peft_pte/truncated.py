@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .families import attention_modules
+from .rotary import KeyPositions
 from .segments import Cores, Gone, LayerPast, Stored
 
 if TYPE_CHECKING:
@@ -72,28 +73,32 @@ class Chain:
     hooks, which is why sharded parameters are left to ordinary autograd.
     """
 
-    def __init__(self, run: Replay, batch_size: int):
-        self.run, self.batch_size = run, batch_size
-        attentions = sorted(attention_modules(run.decoder).values(), key=lambda module: module.layer_idx)
+    def __init__(self, decoder: nn.Module, batch_size: int):
+        self.batch_size = batch_size
+        attentions = sorted(attention_modules(decoder).values(), key=lambda module: module.layer_idx)
         self.attentions: list[nn.Module] = attentions
         self.encoders: list[ThoughtEncoder | None] = [getattr(module, ENCODER_NAME, None) for module in attentions]
         self.steps: list[tuple[Gone | None, list[Cores]]] = []  # what each group's cores were made of
         self.wanted: list[list[Cores]] = []  # the gradients of each group's cores
 
-    def advance(self, layer: int, cores: dict[str, torch.Tensor], gone: Gone | None) -> dict[str, torch.Tensor]:
+    def advance(
+        self, layer: int, cores: dict[str, torch.Tensor], gone: Gone | None, positions: KeyPositions | None
+    ) -> dict[str, torch.Tensor]:
         """As the hooks of the attention module do before a segment."""
         encoder = self.encoders[layer]
         if encoder is None:
             return {}
-        evicted = None if gone is None else gone.of_layer(layer)
+        evicted = None if gone is None else gone.of_layer(layer, positions)
         return encoder.advance(cores, self.attentions[layer], evicted, self.batch_size)
 
     def step(self, past: list[LayerPast], gone: Gone | None) -> list[torch.Tensor]:
         """Carry the cores of the past on, as leaves of a new graph; returns them in the order of `finish_step`."""
         old = [layer.cores for layer in past]
+        positions = None if gone is None else gone.key_positions()
         for index, layer in enumerate(past):
+            cores = {name: core.load() for name, core in layer.cores.items()}
             with torch.no_grad():
-                new = self.advance(index, {name: core.load() for name, core in layer.cores.items()}, gone)
+                new = self.advance(index, cores, gone, positions)
             layer.cores = {name: Stored(core.detach().requires_grad_()) for name, core in new.items()}
         self.steps.append((gone, old))
         return [core.load() for layer in past for core in layer.cores.values()]
@@ -110,20 +115,19 @@ class Chain:
             gone.to_host()
 
     def backward(self, total: Total) -> None:
-        """Walk the chain backwards."""
-        for layer, encoder in enumerate(self.encoders):
-            if encoder is None:
-                continue
-            parameters = [p for p in encoder.parameters() if p.requires_grad]
-            carried: dict[str, torch.Tensor] = {}
-            for (gone, old), wanted in zip(reversed(self.steps), reversed(self.wanted)):
+        """Walk the chain backwards, one layer at a time, so that the graph of one write exists at once."""
+        carried: list[dict[str, torch.Tensor]] = [{} for _ in self.encoders]
+        for (gone, old), wanted in zip(reversed(self.steps), reversed(self.wanted)):
+            positions = None if gone is None else gone.key_positions()
+            for layer, encoder in enumerate(self.encoders):
                 with torch.enable_grad():
                     leaves = {name: core.load().detach().requires_grad_() for name, core in old[layer].items()}
-                    new = self.advance(layer, leaves, gone)
+                    new = self.advance(layer, leaves, gone, positions)
                 if any(core.requires_grad for core in new.values()):  # else they have just started, as constants
-                    gradients = [wanted[layer][name].load() + carried.get(name, 0) for name in new]
+                    parameters = [p for p in encoder.parameters() if p.requires_grad]
+                    gradients = [wanted[layer][name].load() + carried[layer].get(name, 0) for name in new]
                     found = total.add(list(new.values()), gradients, parameters, list(leaves.values()))
-                    carried = dict(zip(leaves, found))
+                    carried[layer] = dict(zip(leaves, found))
 
 
 class Surroundings:
@@ -188,7 +192,7 @@ class TruncatedReplay(torch.autograd.Function):
         total, embeds_gradients = Total(), []
         with ctx.surroundings.restored():
             past = run.new_past()
-            chain = Chain(run, run.positions.shape[0])
+            chain = Chain(run.decoder, run.positions.shape[0])
             for group in run.groups():
                 columns = slice(group[0].start, group[-1].end)
                 sizes = [segment.end - segment.start for segment in group]
