@@ -224,7 +224,9 @@ def test_borders_are_found_in_the_call() -> None:
     with torch.no_grad():
         expected = model(input_ids=ids, prompt_lengths=6).logits
         assert torch.equal(model(input_ids=ids, labels=labels).logits, expected)
-        assert torch.equal(model(input_ids=ids, logits_to_keep=15).logits, expected[:, -15:])
+        # Close and not equal: a matrix product of fewer rows may be summed in another order.
+        kept = model(input_ids=ids, logits_to_keep=15).logits
+        torch.testing.assert_close(kept, expected[:, -15:], rtol=1e-12, atol=1e-12)
         assert torch.equal(model(input_ids=ids, prompt_lengths=torch.tensor([6, 6])).logits, expected)
         labels[1] = -100  # a row without labels takes the batch's minimum
         assert torch.equal(model(input_ids=ids, labels=labels).logits, expected)
