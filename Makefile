@@ -9,6 +9,7 @@ demo: .venv/installed
 	$(PYTHON_BIN) examples/quickstart.py
 
 test: lint
+	TRITON_INTERPRET=1 PTE_KERNELS=triton $(PYTHON_BIN) -m pytest -n 2 --dist worksteal tests/interpreted
 	HF_HUB_OFFLINE=1 $(PYTHON_BIN) -m pytest -n 2 --dist worksteal tests
 
 lint: .venv/installed

@@ -1,0 +1,194 @@
+"""Encoding, reading the state and compaction, in Triton's interpreter, against the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import LIMITS, compare, poisoned
+
+import peft_pte_kernels
+from peft_pte_kernels import Rotation, reference
+from peft_pte_kernels.ops import cache, encode, state
+
+DTYPES = st.sampled_from(list(LIMITS))
+
+
+def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def laid_out(x: torch.Tensor, layout: int) -> torch.Tensor:
+    """`x` [B, H, m, D] as a cache may hold it: contiguous, a window into more slots, or tokens before heads."""
+    if layout == 0:
+        return x
+    if layout == 1:
+        room = torch.full((*x.shape[:2], x.shape[2] + 5, x.shape[3]), float("nan"), dtype=x.dtype)
+        room[:, :, 3:-2] = x
+        return room[:, :, 3:-2]
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@st.composite
+def encodings(draw: st.DrawFn) -> dict[str, Any]:
+    """Odd sizes, several layers, all layouts, rotations and masks."""
+    num_layers, num_rows, num_heads = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    head_dim = draw(st.sampled_from([4, 16, 24, 32, 40]))
+    m, r, layout = draw(st.integers(1, 70)), draw(st.sampled_from([4, 5, 8, 16, 20, 32])), draw(st.integers(0, 2))
+    dtype = draw(DTYPES)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    columns = [random(generator, num_layers, num_rows, num_heads, m, head_dim) for _ in range(2)]
+    weights = [random(generator, num_layers, r, num_heads * head_dim) / (num_heads * head_dim) ** 0.5 for _ in range(2)]
+    rotation = None
+    half = draw(st.sampled_from([0, head_dim // 4, head_dim // 2]))
+    if half:
+        tokens = m if draw(st.booleans()) else 1  # one position for all tokens: `encode_keys="chunk"`
+        angles = random(generator, num_rows, tokens, half)
+        rotation = Rotation(angles.cos().float(), angles.sin().float(), draw(st.booleans()))
+    valid = torch.rand(num_rows, m, generator=generator) < draw(st.sampled_from([0.0, 0.6, 1.0]))
+    return dict(
+        tensors=[laid_out(x, layout).to(dtype) for column in columns for x in column]
+        + [x.to(draw(st.sampled_from([torch.float32, dtype]))) for column in weights for x in column]
+        + [random(generator, num_layers, num_rows, r, r).float()],
+        rotation=rotation,
+        valid=draw(st.sampled_from([valid, None])),
+        update=draw(st.sampled_from(["sum", "delta"])),
+        limit=LIMITS[dtype],
+    )
+
+
+def unpacked(function: Any, case: dict[str, Any], dtype: torch.dtype) -> Any:
+    """`function` of a flat list of tensors."""
+    rotation = case["rotation"]
+    if rotation is not None:
+        rotation = Rotation(rotation.cos.to(dtype), rotation.sin.to(dtype), rotation.interleaved)
+
+    def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        size = len(tensors) // 4
+        columns = [list(tensors[i * size : (i + 1) * size]) for i in range(4)]
+        return [function(*columns, tensors[-1], case["update"], rotation, case["valid"])]
+
+    return call
+
+
+@settings(max_examples=120)
+@given(encodings())
+def test_encode(case: dict[str, Any]) -> None:
+    kernel = unpacked(peft_pte_kernels.encode, case, torch.float32)
+    compare(kernel, unpacked(reference.encode, case, torch.float64), case["tensors"], case["limit"])
+
+
+def test_parallel_keys() -> None:
+    """The hard case of the delta rule: inverses by powers of N would lose all digits here."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (random(generator, 1, 2, 100, 32) for _ in range(2))
+    keys = keys[:, :, :1] + 1e-2 * keys
+    weights = [random(generator, 16, 64) / 8 for _ in range(2)]
+    tensors = [x.float() for x in (keys, values, *weights, random(generator, 1, 1, 16, 16))]
+    case = dict(rotation=None, valid=None, update="delta")
+    plain = unpacked(reference.encode, case, torch.float64)
+    compare(unpacked(peft_pte_kernels.encode, case, torch.float32), plain, tensors, 2e-5)
+
+
+def test_garbage_in_masked_slots_is_not_read() -> None:
+    """Also as the predicate of an event: a row without valid tokens keeps its core, whatever its slots hold."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = ([random(generator, 2, 2, 9, 16).float().requires_grad_()] for _ in range(2))
+    weights = [[random(generator, 8, 32).float().requires_grad_()] for _ in range(2)]
+    cores = random(generator, 1, 2, 8, 8).float()
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[0, 4:], valid[1] = False, False
+    for update in ("sum", "delta"):
+        expected = peft_pte_kernels.encode(keys, values, *weights, cores, update, None, valid)
+        poisoned_inputs = [
+            [x[0].detach().masked_fill(~valid[:, None, :, None], float("nan")).requires_grad_()] for x in (keys, values)
+        ]
+        actual = peft_pte_kernels.encode(*poisoned_inputs, *weights, cores, update, None, valid)
+        assert torch.equal(actual, expected) and torch.equal(actual[:, 1], cores[:, 1])
+        gradients = torch.autograd.grad(actual.sum(), [*poisoned_inputs[0], *poisoned_inputs[1], *weights[0]])
+        assert all(x.isfinite().all() for x in gradients)
+        assert not gradients[0][1].any() and not gradients[0][0, :, 4:].any()
+
+
+def test_layers_that_differ_are_launched_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = [random(generator, 2, 2, 5, 16).float(), random(generator, 2, 5, 2, 16).float().transpose(1, 2)]
+    values = [random(generator, 2, 2, 5, 16).float() for _ in range(2)]
+    weights = [[random(generator, 8, 32).float() for _ in range(2)] for _ in range(2)]
+    cores = torch.zeros(2, 2, 8, 8)
+    actual = peft_pte_kernels.encode(keys, values, *weights, cores, "delta")
+    expected = reference.encode(keys, values, *weights, cores, "delta")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_read_state(data: st.DataObject) -> None:
+    num_layers, num_rows = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    r = data.draw(st.sampled_from([2, 3, 8, 16, 20, 32, 48]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    shapes = (
+        (num_layers, num_rows, r, r),
+        (num_layers, r, r),
+        (num_layers, data.draw(st.sampled_from([1, num_rows])), r, r),
+    )
+    options = data.draw(st.booleans()), data.draw(st.sampled_from(["none", "row", "frobenius"]))
+    compare(
+        lambda *tensors: [peft_pte_kernels.read_state(*tensors, *options)],
+        lambda *tensors: [reference.read_state(*tensors, *options)],
+        [random(generator, *shape).float() for shape in shapes],
+        LIMITS[torch.float32],
+    )
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_compact(data: st.DataObject) -> None:
+    """The bytes of every slot that stays; overlapping moves, fewer or more slots than a block."""
+    num_rows, num_heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    length = data.draw(st.integers(2, 180))
+    count = data.draw(st.integers(1, length))
+    start = data.draw(st.integers(0, length - count))
+    shape = num_rows, num_heads, length + data.draw(st.integers(0, 3)), data.draw(st.sampled_from([4, 24, 64, 80]))
+    dtype = data.draw(DTYPES)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    slots = [torch.randn(shape, generator=generator).to(dtype) for _ in range(data.draw(st.sampled_from([1, 4])))]
+    expected = [x.clone() for x in slots]
+    reference.compact(expected, start, count, length)
+    peft_pte_kernels.compact(slots, start, count, length)
+    for x, y in zip(slots, expected, strict=True):
+        assert torch.equal(x[..., : length - count, :], y[..., : length - count, :])
+
+
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_ops_are_registered_properly(delta: bool, num_layers: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values, *weights = (
+        [random(generator, *shape).float().requires_grad_() for _ in range(num_layers)]
+        for shape in ((2, 2, 5, 16), (2, 2, 5, 16), (8, 32), (8, 32))
+    )
+    cores = torch.zeros(num_layers, 2, 8, 8, requires_grad=True)
+    angles = random(generator, 2, 5, 8).float()
+    valid = torch.rand(2, 5, generator=generator) < 0.7
+    rest = (delta, angles.cos(), angles.sin(), False, valid)
+    torch.library.opcheck(encode.encode_cores_op, (keys, values, *weights, cores, *rest))
+    plain = [[x.detach() for x in column] for column in (keys, values, *weights)]
+    for needs_inputs in (True, False):
+        arguments = (torch.ones(num_layers, 2, 8, 8), *plain, cores.detach(), *rest, needs_inputs)
+        torch.library.opcheck(encode.encode_cores_backward_op, arguments)
+    query = random(generator, num_layers, 8, 8).float().requires_grad_()
+    initial = random(generator, num_layers, 1, 8, 8).float().requires_grad_()
+    torch.library.opcheck(state.read_states_op, (cores, query, initial, delta, "row"))
+    detached = [x.detach() for x in (cores, query, initial)]
+    torch.library.opcheck(state.read_states_backward_op, (torch.ones_like(detached[0]), *detached, delta, "row"))
+    torch.library.opcheck(cache.compact_op, ([x.detach().clone() for x in keys], 1, 2, 5))
+
+
+def test_nothing_is_left_unwritten() -> None:
+    """The poison of `compare` does reach the memory that kernels write to."""
+    with poisoned():
+        assert torch.empty_like(torch.zeros(2, 2)).isnan().all()
