@@ -11,8 +11,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
+import peft_pte_kernels
+
 from .config import CachePolicy
-from .encoder import Evicted, ThoughtEncoder
+from .encoder import ENCODER_NAME, Evicted, ThoughtEncoder, read_layers, write_layers
+from .families import attention_modules
+from .fast_decode import Replays
 from .rotary import KeyPositions
 from .schedule import Schedule, stored_columns
 from .slots import SlotBuffer
@@ -26,13 +30,24 @@ class PTECacheLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self) -> None:
-        super().__init__()
+        # The base class's would set `keys` and `values`, which are properties here.
+        self.is_initialized = False
         self.key_slots, self.value_slots = SlotBuffer(), SlotBuffer()
         self.limit = 0
         self.cumulative_length = 0
         self.evicted: Evicted | None = None  # has left, but is not encoded yet
         self.cores: dict[str, torch.Tensor] = {}
         self.states: dict[str, torch.Tensor] = {}
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Keys in use, [B, H_kv, stored, head_dim]."""
+        return None if self.key_slots.data is None else self.key_slots.view
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Values in use, as `keys`."""
+        return None if self.value_slots.data is None else self.value_slots.view
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -44,10 +59,16 @@ class PTECacheLayer(CacheLayerMixin):
         """Store keys and values [B, H_kv, q, head_dim]; returns all that is stored."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self.key_slots.append(key_states, self.limit)
-        self.values = self.value_slots.append(value_states, self.limit)
+        keys = self.key_slots.append(key_states, self.limit)
+        values = self.value_slots.append(value_states, self.limit)
         self.cumulative_length += key_states.shape[-2]
-        return self.keys, self.values
+        return keys, values
+
+    def note_stored(self, count: int) -> None:
+        """Keys and values of `count` tokens were written behind the slots in use (see fast_decode.py)."""
+        self.key_slots.length += count
+        self.value_slots.length += count
+        self.cumulative_length += count
 
     def states_for(self, encoder: ThoughtEncoder, attention: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
         """The states to use in this step. What was evicted before the step is encoded first.
@@ -92,7 +113,6 @@ class PTECacheLayer(CacheLayerMixin):
             return
         self.key_slots.select(index)
         self.value_slots.select(index)
-        self.keys, self.values = self.key_slots.view, self.value_slots.view
         for by_adapter in (self.cores, self.states):
             for name, tensor in by_adapter.items():
                 by_adapter[name] = tensor.index_select(0, index.to(tensor.device))
@@ -122,10 +142,19 @@ class PTECache(DynamicCache):
     model.generate(**inputs, past_key_values=cache)
     cache.nbytes, cache.num_evicted, cache.state_norms()
     ```
+
+    Args:
+        cuda_graph: on a GPU, replay the decoder's step of one token as a CUDA graph (fast_decode.py), with the same
+            results up to rounding. A new graph is made for each cache after a few steps. None: as `PTECache.cuda_graph`
+            says, which also holds for caches that `generate` makes: off, unless you set it.
     """
 
-    def __init__(self) -> None:
+    cuda_graph = False
+
+    def __init__(self, cuda_graph: bool | None = None) -> None:
         super().__init__()
+        if cuda_graph is not None:
+            self.cuda_graph = cuda_graph
         self._clear()
 
     def _clear(self) -> None:
@@ -140,6 +169,7 @@ class PTECache(DynamicCache):
         self.prefix: list[int] = []
         self.evicted: list[int] = []
         self.padding: list[int] = []
+        self.replays = Replays()
 
     @classmethod
     def adopt(cls, cache: DynamicCache) -> PTECache:
@@ -240,8 +270,12 @@ class PTECache(DynamicCache):
             return self.prompt_length - self.get_seq_length()
         return min(self.schedule.room(self._num_thoughts(row)) for row in range(len(self.lead)))
 
-    def evict(self, mask: torch.Tensor | None, rotary_emb: nn.Module) -> None:
-        """Let the oldest thoughts of all rows that are full leave; the layers encode them in the coming step."""
+    def evict(self, mask: torch.Tensor | None, decoder: nn.Module) -> None:
+        """Let the oldest thoughts of all rows that are full leave.
+
+        They are encoded here, for all layers at once and out of the slots themselves, where kernels can do that; else
+        the layers encode a copy in the coming step.
+        """
         if self.schedule is None:
             return
         full = [self.schedule.is_full(self._num_thoughts(row)) for row in range(len(self.lead))]
@@ -253,10 +287,11 @@ class PTECache(DynamicCache):
             column = self.padding[0] + self.prefix[0] + self.evicted[0]
             valid = None if mask is None else mask[:, column : column + n].bool()
             valid = None if valid is None or bool(valid.all()) else valid
-            positions = KeyPositions(rotary_emb, self.positions.take(start, n)[:, 0, :, 0])
-            for layer in self.layers:
-                gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
-                layer.evicted = Evicted(*gone, positions, valid)
+            positions = KeyPositions(decoder.rotary_emb, self.positions.take(start, n)[:, 0, :, 0])
+            if not self._evict_at_once(decoder, start, n, positions, valid):
+                for layer in self.layers:
+                    gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
+                    layer.evicted = Evicted(*gone, positions, valid)
             self.evicted = [evicted + n for evicted in self.evicted]
             return
         # Rows are full at different times. A row that evicts moves its prefix up and gets empty slots in front; slots
@@ -273,12 +308,81 @@ class PTECache(DynamicCache):
         taken_index, kept_index = torch.tensor(taken), torch.tensor(kept)[:, drop:]
         valid = torch.tensor(full)[:, None].expand(-1, n).to(column_mask.device)
         valid = valid & column_mask.bool().gather(1, taken_index.to(column_mask.device))
-        positions = KeyPositions(rotary_emb, self.positions.take_rows(taken_index, kept_index)[:, 0, :, 0])
+        positions = KeyPositions(decoder.rotary_emb, self.positions.take_rows(taken_index, kept_index)[:, 0, :, 0])
         for layer in self.layers:
             gone = (slots.take_rows(taken_index, kept_index) for slots in (layer.key_slots, layer.value_slots))
             layer.evicted = Evicted(*gone, positions, valid)
         self.lead = [length - drop for length in lead]
         self.evicted = [evicted + n * is_full for evicted, is_full in zip(self.evicted, full)]
+
+    def _evict_at_once(
+        self, decoder: nn.Module, start: int, count: int, positions: KeyPositions, valid: torch.Tensor | None
+    ) -> bool:
+        """Encode `count` slots from `start` on and close the gap, in a few launches for all layers; False if not done.
+
+        Not with gradients, which need a copy of what leaves, nor with layers on several devices or sharded weights.
+        """
+        slots = [buffer for layer in self.layers for buffer in (layer.key_slots, layer.value_slots)]
+        encoders = [
+            (attention, getattr(attention, ENCODER_NAME))
+            for attention in attention_modules(decoder).values()
+            if hasattr(attention, ENCODER_NAME)
+        ]
+        if torch.is_grad_enabled() or any(buffer.must_copy() for buffer in slots):
+            return False
+        if len({buffer.data.device for buffer in slots}) > 1:
+            return False
+        for name in self.adapters:
+            for attention, encoder in encoders:
+                layer = self.layers[attention.layer_idx]
+                if name in encoder.live_adapters and not (
+                    layer.evicted is None and name in layer.cores and encoder.is_fused(name, layer.key_slots.data)
+                ):
+                    return False
+        for name in self.adapters:
+            live = [(attention, encoder) for attention, encoder in encoders if name in encoder.live_adapters]
+            for uses_rope in (True, False):
+                group = [pair for pair in live if getattr(pair[0], "use_rope", True) == uses_rope]
+                if group:
+                    self._encode_at_once(name, group, start, count, positions, valid)
+        peft_pte_kernels.compact([buffer.data for buffer in slots], start, count, self.stored_length + count)
+        for buffer in slots:
+            buffer.length -= count
+        return True
+
+    def _encode_at_once(
+        self,
+        name: str,
+        group: list[tuple[nn.Module, ThoughtEncoder]],
+        start: int,
+        count: int,
+        positions: KeyPositions,
+        valid: torch.Tensor | None,
+    ) -> None:
+        """Encode and read for layers that share a rule and a rotation."""
+        layers = [self.layers[attention.layer_idx] for attention, _ in group]
+        gone = [
+            Evicted(
+                *(slots.view.narrow(-2, start, count) for slots in (layer.key_slots, layer.value_slots)),
+                positions,
+                valid,
+            )
+            for layer in layers
+        ]
+        rule = group[0][1].pte_rule[name]
+        cores = torch.stack([layer.cores[name] for layer in layers])
+        with group[0][1].full_precision():
+            if rule.update != "none":
+                cores = write_layers(name, cores, group, gone)
+            if rule.norm == "write":
+                states = cores
+            elif rule.update == "none":
+                states = torch.stack([encoder.read(name, core) for (_, encoder), core in zip(group, cores)])
+            else:
+                query, initial = zip(*(encoder.reading(name) for _, encoder in group))
+                states = read_layers(rule, cores, torch.stack(query), torch.stack(initial)[:, None])
+        for layer, core, state in zip(layers, cores, states):
+            layer.cores[name], layer.states[name] = core, state
 
     def compact_mask(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor | None:
         """The caller's mask [B, seen + new_length] without evicted columns: [B, stored + new_length]."""
@@ -339,6 +443,7 @@ class PTECache(DynamicCache):
         return norms
 
     def _select_rows(self, index: torch.Tensor) -> None:
+        self.replays.drop()
         for layer in self.layers:
             layer.select(index)
         self.positions.select(index)
@@ -367,7 +472,7 @@ class PTECache(DynamicCache):
 
     def reset(self) -> None:
         """Empty the cache and forget the policy; the next use binds it again."""
-        self.__init__()
+        self.__init__(self.cuda_graph)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: see `refuse_rollback`."""

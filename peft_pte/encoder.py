@@ -9,10 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+import peft_pte_kernels
+from peft_pte_kernels.reference import UPDATES, normalize_state, unit_rows
+
 from .config import PTEConfig
-from .layer import PTELayer
+from .layer import PTELayer, is_fused
 from .rotary import KeyPositions
-from .state import delta_update, initial_state, normalize_state, sum_update, unit_rows
 
 # Must not contain the prefix "pte_": PEFT's delete_adapter passes over modules whose name does.
 ENCODER_NAME = "thought_encoder"
@@ -107,7 +109,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _query(self, name: str) -> torch.Tensor:
+    def query(self, name: str) -> torch.Tensor:
         """Q = W_Q q_g, [r, r]."""
         return self.pte_query[name](self.pte_query_tokens[name]())
 
@@ -118,14 +120,14 @@ class ThoughtEncoder(nn.Module, PTELayer):
             weight = self.pte_key[name].weight
             return torch.zeros(rule.r, rule.r, dtype=state_dtype(weight), device=weight.device)
         tokens = self.pte_global_tokens[name]()
-        state = initial_state(query, self.pte_key[name](tokens), self.pte_value[name](tokens))
+        state = query @ (self.pte_key[name](tokens).mT @ self.pte_value[name](tokens))
         return unit_rows(state) if rule.update == "delta" else state
 
     def start(self, name: str, batch_size: int) -> torch.Tensor:
         """What an empty cache carries: M = 0, or the normalised S_0 where the state is normalised on write (Eq. 4)."""
         rule = self.pte_rule[name]
         if rule.norm == "write":
-            return normalize_state(self._initial_state(name, self._query(name)), rule.norm_type).expand(
+            return normalize_state(self._initial_state(name, self.query(name)), rule.norm_type).expand(
                 batch_size, -1, -1
             )
         weight = self.pte_key[name].weight
@@ -136,41 +138,47 @@ class ThoughtEncoder(nn.Module, PTELayer):
         rule = self.pte_rule[name]
         if rule.update == "none":
             return core
+        if self.is_fused(name, evicted.keys):
+            return write_layers(name, core[None], [(attention, self)], [evicted])[0]
         dtype = state_dtype(evicted.keys, core)
         keys = evicted.positions.take_out(attention, evicted.keys.to(dtype), rule.encode_keys)
         keys = self.pte_key[name](keys.transpose(1, 2).flatten(2))  # [B, m, r]
         values = self.pte_value[name](evicted.values.transpose(1, 2).flatten(2))
         valid = None if evicted.valid is None else evicted.valid.to(keys.device)
-        if rule.update == "delta":
-            return delta_update(core, keys, values, valid)
         if rule.norm == "write":
-            added = self._query(name) @ sum_update(torch.zeros_like(core), keys, values, valid)
-            return normalize_state(core + added, rule.norm_type)
-        return sum_update(core, keys, values, valid)
+            added = UPDATES[rule.update](torch.zeros_like(core), keys, values, valid)
+            return normalize_state(core + self.query(name) @ added, rule.norm_type)
+        return UPDATES[rule.update](core, keys, values, valid)
+
+    def is_fused(self, name: str, keys: torch.Tensor) -> bool:
+        """Whether keys and values are encoded by a kernel, which reads the weights where they lie."""
+        return is_fused((self.pte_key[name], self.pte_value[name]), keys, rank=self.pte_rule[name].r)
 
     def read(self, name: str, core: torch.Tensor) -> torch.Tensor:
         """The state S [B, r, r] that the projections use."""
         rule = self.pte_rule[name]
         if rule.norm == "write":
             return core
-        query = self._query(name)
-        state = self._initial_state(name, query)
+        query, initial = self.reading(name)
         if rule.update == "none":
-            state = state.expand_as(core)
-        elif rule.update == "delta":
-            # Values on the side of A, keys on the side of B: S (B x) asks M with Q^T B x as the query and gets values,
-            # which is what the rule stores them for. The paper's order, which the sum keeps, asks values for keys.
-            # Unit rows of Q: on its scale the training stability of the rule hangs.
-            state = state + (unit_rows(query) @ core).mT
-        else:
-            state = state + query @ core
-        return normalize_state(state, rule.norm_type) if rule.norm == "read" else state
+            state = initial.expand_as(core)
+            return normalize_state(state, rule.norm_type) if rule.norm == "read" else state
+        return read_layers(rule, core[None], query[None], initial[None, None])[0]
+
+    def reading(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the core is read with: Q (unit rows for the delta rule) and S_0, both [r, r].
+
+        Unit rows of Q: on its scale the training stability of the delta rule hangs.
+        """
+        query = self.query(name)
+        initial = self._initial_state(name, query)
+        return (unit_rows(query) if self.pte_rule[name].update == "delta" else query), initial
 
     def advance(
         self, cores: dict[str, torch.Tensor], attention: nn.Module, evicted: Evicted | None, batch_size: int
     ) -> dict[str, torch.Tensor]:
         """Start the cores of the live adapters, or carry them on: by adapter name, each [B, r, r]."""
-        with self._full_precision():
+        with self.full_precision():
             started = {
                 name: cores[name] if name in cores else self.start(name, batch_size) for name in self.live_adapters
             }
@@ -180,7 +188,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
 
     def read_all(self, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The states of the live adapters by name, each [B, r, r]."""
-        with self._full_precision():
+        with self.full_precision():
             states = {name: self.read(name, cores[name]) for name in self.live_adapters}
             if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
                 states = {name: state + self.touch(name) for name, state in states.items()}
@@ -197,7 +205,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         linears = (self.pte_query[name], self.pte_key[name], self.pte_value[name])
         return sum(linear(empty).sum() for linear in linears)
 
-    def _full_precision(self) -> torch.autocast:
+    def full_precision(self) -> torch.autocast:
         """States are float32 under autocast too."""
         return torch.autocast(self._anchor[0].weight.device.type, enabled=False)
 
@@ -207,3 +215,50 @@ class ThoughtEncoder(nn.Module, PTELayer):
 
     def __repr__(self) -> str:
         return "pte." + super().__repr__()
+
+
+def read_layers(rule: StateRule, cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """The states of layers of one rule, [L, B, r, r]; `query` [L, r, r], `initial` [L, 1, r, r].
+
+    Delta rule: values on the side of A, keys on the side of B, so the product is transposed: S (B x) asks M with
+    Q^T B x as the query and gets values, which is what the rule stores them for. The paper's order, which the sum
+    keeps, asks values for keys.
+    """
+    norm = rule.norm_type if rule.norm == "read" else "none"
+    return peft_pte_kernels.read_state(cores, query, initial, rule.update == "delta", norm)
+
+
+def write_layers(
+    name: str,
+    cores: torch.Tensor,
+    layers: list[tuple[nn.Module, ThoughtEncoder]],
+    evicted: list[Evicted],
+) -> torch.Tensor:
+    """As `ThoughtEncoder.write`, by a kernel for several layers: cores [L, B, r, r] -> [L, B, r, r].
+
+    `layers`: attention module and encoder of each; what has left them has the same positions.
+    """
+    attention, encoder = layers[0]
+    rule = encoder.pte_rule[name]
+    keys = [gone.keys for gone in evicted]
+    try:
+        rotation = evicted[0].positions.rotation(attention, rule.encode_keys)
+    except LookupError:
+        rotation, dtype = None, cores.dtype
+        keys = [
+            gone.positions.take_out(attention, gone.keys.to(dtype), rule.encode_keys).to(gone.keys.dtype)
+            for (attention, _), gone in zip(layers, evicted)
+        ]
+    valid = evicted[0].valid
+    arguments = (
+        keys,
+        [gone.values for gone in evicted],
+        [encoder.pte_key[name].weight for _, encoder in layers],
+        [encoder.pte_value[name].weight for _, encoder in layers],
+    )
+    options = rule.update, rotation, None if valid is None else valid.to(cores.device)
+    if rule.norm == "write":
+        added = peft_pte_kernels.encode(*arguments, torch.zeros_like(cores), *options)
+        query = torch.stack([encoder.query(name) for _, encoder in layers])
+        return peft_pte_kernels.read_state(added, query, cores, False, rule.norm_type)
+    return peft_pte_kernels.encode(*arguments, cores, *options)

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+import peft_pte_kernels
+
 # Tokens (of all rows together) whose logits exist at the same time.
 CHUNK_TOKENS = 1024
 
@@ -47,12 +49,7 @@ def chunk_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of `targets` [B, q] after `hidden_states` [B, q, D], and entropy, both [B, q] in float32."""
     logits = logits_of(top, hidden_states)
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature
-    normalizer = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[..., None].to(logits.device))[..., 0] - normalizer
-    with torch.no_grad():
-        entropy = normalizer - (logits * (logits - normalizer[..., None]).exp()).sum(-1)
-    return logprobs, entropy
+    return peft_pte_kernels.token_logprobs(logits, targets.to(logits.device), temperature)
 
 
 def token_logprobs(

@@ -25,8 +25,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache import PTECache
 from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
+from .families import SPLIT_PROJECTIONS
+from .fast_decode import replayed_step
 from .heads import Head, as_output, current_head, current_hidden, first_labels, needed_columns, token_logprobs
-from .layer import Linear
+from .layer import AttentionCall, Linear
 from .replay import join_outputs, replay
 from .segments import layer_checkpointing_off
 
@@ -270,13 +272,14 @@ def cached_forward(
     cache.begin_prompt(mask, length, prompt_length)
     outputs, start = [], 0
     while start < length:
-        cache.evict(mask, decoder.rotary_emb)
+        cache.evict(mask, decoder)
         end = min(length, start + cache.room())
         step_mask = cache.compact_mask(mask, end - start)
         cache.begin_step(positions[:, start:end])
         with layer_checkpointing_off(decoder):
-            outputs.append(
-                original(
+            output = replayed_step(decoder, original, cache, inputs, step_mask, positions, kwargs)
+            if output is None:
+                output = original(
                     **{name: tensor[:, start:end] for name, tensor in inputs.items()},
                     attention_mask=step_mask,
                     position_ids=positions[:, start:end],
@@ -284,7 +287,7 @@ def cached_forward(
                     use_cache=True,
                     **kwargs,
                 )
-            )
+            outputs.append(output)
         start = end
     output = join_outputs(outputs)
     output.past_key_values = cache
@@ -360,13 +363,14 @@ def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         )
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     states = layer.states_for(encoder, attention, hidden_states.shape[0])
-    for projection in attention.children():
-        if isinstance(projection, Linear):
-            projection.states = states
+    adapted = {name: child for name, child in attention.named_children() if isinstance(child, Linear)}
+    call = AttentionCall(states, [adapted[name] for name in SPLIT_PROJECTIONS if name in adapted])
+    for projection in adapted.values():
+        projection.call = call
 
 
 def take_state_back(attention: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of an attention module, called on errors too: nothing stays in the modules."""
     for projection in attention.children():
         if isinstance(projection, Linear):
-            projection.states = None
+            projection.call = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from peft_pte_kernels import dispatch, low_rank_update
 
 from .config import PTEConfig
 
@@ -21,6 +24,27 @@ NOT_MERGEABLE = (
 def refuse_merge(*args: Any, **kwargs: Any) -> NoReturn:
     """Merging, unmerging and weighting all need a constant dW."""
     raise NotImplementedError(NOT_MERGEABLE)
+
+
+def is_fused(modules: Iterable[nn.Module], *tensors: torch.Tensor, rank: int) -> bool:
+    """Whether a Triton kernel computes on these tensors and on the weights of `modules`, which it reads as they lie.
+
+    Weights that are gathered when their module is called (FSDP, ZeRO-3), or modules that somebody has replaced, take
+    the PyTorch way.
+
+    Raises:
+        ValueError: `PTE_KERNELS=triton` asks for kernels that cannot be used.
+    """
+    weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
+    gathered = len(weights) < len(list(modules)) or any(
+        hasattr(weight, name) for weight in weights for name in ("full_tensor", "ds_id")
+    )
+    if gathered and dispatch.MODE == "triton":
+        raise ValueError(
+            "PTE_KERNELS=triton was asked for, but the adapter's weights are sharded or wrapped, so that they are "
+            "there only while their module is called. Set PTE_KERNELS=auto."
+        )
+    return not gathered and dispatch.uses_triton(*tensors, *weights, rank=rank)
 
 
 class PTELayer(BaseTunerLayer):
@@ -66,11 +90,36 @@ class PTELayer(BaseTunerLayer):
                 parameter.requires_grad_(False)
 
 
+class AttentionCall:
+    """What the hooks of an attention module hand to its projections for the duration of one call.
+
+    Args:
+        states: S of each adapter, [B, r, r].
+        siblings: the projections that read the same input (q, k and v). The first one that is called computes all, so
+            that they share their kernels, and leaves the results of the others here.
+    """
+
+    def __init__(self, states: dict[str, torch.Tensor], siblings: list[Linear]):
+        self.states, self.siblings = states, siblings
+        self.input: torch.Tensor | None = None
+        self.results: dict[Linear, torch.Tensor] = {}
+
+    def take(self, projection: Linear, x: torch.Tensor) -> torch.Tensor | None:
+        """The result of `projection` for `x`, if a sibling has computed it."""
+        return self.results.pop(projection, None) if x is self.input else None
+
+    def group(self, projection: Linear) -> list[Linear]:
+        """The projections to compute together, `projection` first."""
+        if projection not in self.siblings or self.input is not None:
+            return [projection]
+        return [projection, *(sibling for sibling in self.siblings if sibling is not projection)]
+
+
 class Linear(nn.Module, PTELayer):
     """A projection with a state-conditioned low-rank update.
 
     `pte_B[name]` is [r, in], `pte_A[name]` is [out, r]; the state `S` [B, r, r] is handed over by the attention
-    module's hooks for the duration of one call and is never kept.
+    module's hooks in `call`, for the duration of one call, and is never kept.
     """
 
     def __init__(self, base_layer: nn.Linear, adapter_name: str, config: PTEConfig):
@@ -81,7 +130,7 @@ class Linear(nn.Module, PTELayer):
         self.pte_A = nn.ModuleDict({})
         self.pte_B = nn.ModuleDict({})
         self.pte_dropout = nn.ModuleDict({})
-        self.states: dict[str, torch.Tensor] | None = None
+        self.call: AttentionCall | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -107,21 +156,57 @@ class Linear(nn.Module, PTELayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x` [B, T, in] -> [B, T, out] in the dtype of the base layer's result."""
-        result = self.base_layer(x, *args, **kwargs)
         live = self.live_adapters
         if not live:
-            return result
-        if self.states is None:
+            return self.base_layer(x, *args, **kwargs)
+        call = self.call
+        if call is None:
             raise RuntimeError(
                 "A PTE projection was called outside of its attention module, so there is no thought state to use. "
                 "Call the model, or disable the adapter with `with model.disable_adapter():`."
             )
+        if not args and not kwargs and self._is_fused(x, live):
+            return self._fused_forward(x, call)
+        result = self.base_layer(x, *args, **kwargs)
         for name in live:
             A, B = self.pte_A[name], self.pte_B[name]
             z = B(self.pte_dropout[name](self._cast_input_dtype(x, B.weight.dtype)))
-            z = z @ self.states[name].to(z.dtype).mT
+            z = z @ call.states[name].to(z.dtype).mT
             result = result + (A(z) * self.pte_scaling[name]).to(result.dtype)
         return result
+
+    def _is_fused(self, x: torch.Tensor, live: list[str]) -> bool:
+        ranks = [self.pte_B[name].out_features for name in live]
+        modules = [container[name] for container in (self.pte_A, self.pte_B) for name in live]
+        return is_fused(modules, x, rank=max(ranks))
+
+    def _drops(self, live: list[str]) -> bool:
+        return self.training and any(isinstance(self.pte_dropout[name], nn.Dropout) for name in live)
+
+    def _fused_forward(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """As `forward`, by kernels that serve this projection and its siblings together."""
+        result = call.take(self, x)
+        if result is not None:
+            return result
+        live = self.live_adapters
+        group = call.group(self)
+        if any(p.live_adapters != live or p._drops(live) or not p._is_fused(x, live) for p in group):
+            group = [self]  # with dropout every projection sees an input of its own
+        results = [p.base_layer(x) for p in group]
+        autocast = torch.is_autocast_enabled(x.device.type)
+        x_cast = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        for name in live:
+            results = low_rank_update(
+                self.pte_dropout[name](x_cast),
+                results,
+                call.states[name],
+                [p.pte_A[name].weight for p in group],
+                [p.pte_B[name].weight for p in group],
+                self.pte_scaling[name],
+            )
+        call.input = x if len(group) > 1 else call.input
+        call.results.update(zip(group[1:], results[1:]))
+        return results[0]
 
     def __repr__(self) -> str:
         return "pte." + super().__repr__()

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from peft_pte_kernels import Rotation
+
 
 def rotation_of(attention: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
     """The `apply_rotary_pos_emb(q, k, cos, sin)` that this attention module uses, if its modeling file has one."""
@@ -16,6 +18,33 @@ def rotation_of(attention: nn.Module) -> Callable[..., tuple[torch.Tensor, torch
         if rotation is not None:
             return rotation
     return None
+
+
+# How a family rotates: whether pairs are neighbours, and which columns of its tables hold one angle of each pair.
+Style = tuple[bool, slice]
+# What `style_of` has found out, by the rotation and the class of the rotary embedding.
+STYLES: dict[tuple[Callable[..., object], type], Style | None] = {}
+
+
+@torch.no_grad()
+def style_of(rotation: Callable[..., tuple[torch.Tensor, torch.Tensor]], rotary_emb: nn.Module) -> Style | None:
+    """How this function rotates with the tables of this module, found by trying; None if as none of the known ones."""
+    key = (rotation, type(rotary_emb))
+    if key not in STYLES:
+        device = next((buffer.device for buffer in rotary_emb.buffers()), None)
+        positions = torch.arange(1, 4, device=device)[None]
+        tables = rotary_emb(torch.empty(0, dtype=torch.float64, device=device), position_ids=positions)
+        rotary_dim = tables[0].shape[-1]
+        keys = torch.linspace(-1, 1, 3 * rotary_dim, dtype=torch.float64, device=device).view(1, 1, 3, rotary_dim)
+        expected = rotation(keys, keys, *tables)[1]
+        first_half, every_other = slice(0, rotary_dim // 2), slice(0, None, 2)
+        STYLES[key] = None
+        for style in ((False, first_half), (True, first_half), (True, every_other)):
+            cos, sin = (table[..., style[1]] for table in tables)
+            if torch.allclose(Rotation(cos, sin, style[0]).apply(keys), expected, atol=1e-5):
+                STYLES[key] = style
+                break
+    return STYLES[key]
 
 
 class KeyPositions:
@@ -41,13 +70,32 @@ class KeyPositions:
             self._tables[encode_keys, dtype] = (cos / scaling, -sin / scaling)
         return self._tables[encode_keys, dtype]
 
+    def rotation(self, attention: nn.Module, encode_keys: str) -> Rotation | None:
+        """What `take_out` does, for kernels: None if it does nothing.
+
+        Raises:
+            LookupError: the family's rotation is of no known style.
+        """
+        if not self._rotates(attention, encode_keys):
+            return None
+        style = style_of(rotation_of(attention), self.rotary_emb)
+        if style is None:
+            raise LookupError(f"{type(attention).__name__} rotates in a way of its own.")
+        interleaved, columns = style
+        cos, sin = self._inverse_tables(encode_keys, torch.float32)
+        return Rotation(cos[..., columns], sin[..., columns], interleaved)
+
+    @staticmethod
+    def _rotates(attention: nn.Module, encode_keys: str) -> bool:
+        return encode_keys != "post_rope" and getattr(attention, "use_rope", True)  # SmolLM3: layers without RoPE
+
     def take_out(self, attention: nn.Module, keys: torch.Tensor, encode_keys: str) -> torch.Tensor:
         """Rotate cached `keys` [B, H_kv, m, head_dim] (float32 or float64) back.
 
         `"pre_rope"`: every key to position 0; `"chunk"`: all by the position of the chunk's first token, so that the
         order inside the chunk stays; `"post_rope"`: not at all.
         """
-        if encode_keys == "post_rope" or not getattr(attention, "use_rope", True):  # SmolLM3 has layers without RoPE
+        if not self._rotates(attention, encode_keys):
             return keys
         cos, sin = self._inverse_tables(encode_keys, keys.dtype)
         cos, sin = cos.to(keys.device), sin.to(keys.device)

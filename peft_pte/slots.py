@@ -26,18 +26,26 @@ class SlotBuffer:
     def nbytes(self) -> int:
         return 0 if self.data is None else self.data.numel() * self.data.element_size()
 
-    def _must_copy(self, *new: torch.Tensor) -> bool:
+    def must_copy(self, *new: torch.Tensor) -> bool:
         # Autograd keeps references to what was returned, and inference tensors cannot be written to outside of
         # inference mode: both need new storage instead of a write.
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.data, *new))
         return tracked or (self.data.is_inference() and not torch.is_inference_mode_enabled())
+
+    def reserve(self, capacity: int) -> torch.Tensor:
+        """Make room for `capacity` slots at once; returns the storage [B, H, capacity or more, D]."""
+        if self.data.shape[-2] < capacity or self.must_copy():
+            grown = self.data.new_empty((*self.data.shape[:-2], capacity, self.data.shape[-1]))
+            grown[..., : self.length, :] = self.view
+            self.data = grown
+        return self.data
 
     def append(self, new: torch.Tensor, limit: int) -> torch.Tensor:
         """Append `new` [B, H, q, D]; returns all slots in use."""
         length = self.length + new.shape[-2]
         if self.data is None:
             self.data = new.new_empty((*new.shape[:-2], 0, new.shape[-1]))
-        if self._must_copy(new):
+        if self.must_copy(new):
             self.data = torch.cat([self.view, new], dim=-2)
         else:
             if length > self.data.shape[-2]:
@@ -53,7 +61,7 @@ class SlotBuffer:
         """Remove and return `count` slots from `start` on; later slots move up."""
         taken = self.view.narrow(-2, start, count).clone()
         rest = self.view.narrow(-2, start + count, self.length - start - count)
-        if self._must_copy():
+        if self.must_copy():
             self.data = torch.cat([self.view.narrow(-2, 0, start), rest], dim=-2)
         else:
             self.data[..., start : self.length - count, :] = rest.clone()
@@ -63,7 +71,7 @@ class SlotBuffer:
     def take_rows(self, taken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """The same with a slot index for each row: `taken` [B, m] leave, `kept` [B, length'] stay, in this order."""
         gone, rest = self.gather(taken), self.gather(kept)
-        if self._must_copy():
+        if self.must_copy():
             self.data = rest
         else:
             self.data[..., : rest.shape[-2], :] = rest

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from peft_pte import PTEConfig
 from peft_pte.families import attention_modules
 from peft_pte.rotary import KeyPositions
-from peft_pte.state import DELTA_BLOCK, delta_update, normalize_state, sum_update, unit_rows
+from peft_pte_kernels.reference import DELTA_BLOCK, delta_update, normalize_state, sum_update, unit_rows
 
 
 def delta_loop(core: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,617 @@
+"""Replayed decoding steps give what eager ones give, and leave the cache alike.
+
+There is no CUDA graph on the CPU. The step is called directly ("called"), or its operations are recorded and executed
+again on the same memory ("recorded"), which is what a graph does: whatever the host decided in the recorded step stays
+decided, and a value that is read back to the host is an error. On a machine with a GPU, some tests capture there too.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from models import FAMILIES, RELATIVES, decode, relative_error, tiny_model, with_adapter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from peft_pte import PTECache, fast_decode
+from peft_pte.families import attention_modules
+from peft_pte.slots import SlotBuffer
+
+MODES = ["called", "recorded", *(["captured"] if torch.cuda.is_available() else [])]
+GREEDY = dict(do_sample=False, max_new_tokens=24, min_new_tokens=24)
+
+
+class Recording(TorchDispatchMode):
+    """The operations of a block of code, to be executed again on the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read back to the host"
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        own = [x.untyped_storage().data_ptr() not in given for x in results]  # neither a view nor in place
+        self.operations.append((function, args, kwargs or {}, results, own))
+        return result
+
+    def replay(self) -> None:
+        for function, args, kwargs, results, own in self.operations:
+            again = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+            for old, new, is_own in zip(results, again, own):
+                if is_own:
+                    old.copy_(new)
+
+
+class Replaying:
+    """Switches replays on, and counts them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, recorded: bool):
+        self.is_on, self.count, self.captures = True, 0, 0
+        patch.setattr(fast_decode, "can_replay", lambda device: self.is_on)
+        patch.setattr(fast_decode, "EAGER_STEPS", 0)
+        patch.setattr(PTECache, "cuda_graph", True)
+        replay, capture = fast_decode.DecodeStep.replay, fast_decode.DecodeStep.capture
+
+        def counted_replay(step, cache):
+            self.count += 1
+            return replay(step, cache)
+
+        def counted_capture(step):
+            self.captures += 1
+            capture(step)
+            if recorded:
+                with Recording() as step.graph:
+                    step.forward()
+
+        patch.setattr(fast_decode.DecodeStep, "replay", counted_replay)
+        patch.setattr(fast_decode.DecodeStep, "capture", counted_capture)
+
+    def off(self, function, *args, **kwargs):
+        """Call a function eagerly."""
+        self.is_on, before = False, self.count
+        result = function(*args, **kwargs)
+        assert self.count == before
+        self.is_on = True
+        return result
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> Replaying:
+    return Replaying(monkeypatch, recorded=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return with_adapter(tiny_model("qwen2"), window_size=8)
+
+
+def tokens(length: int = 40, rows: int = 2, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, 61, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(ids: torch.Tensor, padding: int = 3) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return mask
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = tokens(7)
+    mask = left_padded(ids)
+    return dict(input_ids=ids.masked_fill(mask == 0, 0), attention_mask=mask)
+
+
+def assert_alike(a: PTECache, b: PTECache) -> None:
+    """Two caches that have seen the same; empty slots may differ."""
+    for name in ("lead", "prefix", "evicted", "padding", "stored_length", "prompt_length", "schedule"):
+        assert getattr(a, name) == getattr(b, name), name
+    assert a.get_seq_length() == b.get_seq_length()
+    assert torch.equal(a.positions.view, b.positions.view)
+    empty = (torch.arange(a.stored_length) < torch.tensor(a.lead)[:, None]).to(a.positions.view.device)
+    for one, other in zip(a.layers, b.layers, strict=True):
+        assert one.cumulative_length == other.cumulative_length
+        assert one.get_mask_sizes(1) == other.get_mask_sizes(1)
+        for x, y in ((one.keys, other.keys), (one.values, other.values)):
+            x, y = (z.masked_fill(empty[:, None, :, None], 0) for z in (x, y))
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+        assert (one.evicted is None) == (other.evicted is None)
+        assert one.states.keys() == other.states.keys()
+        for name in one.states:
+            torch.testing.assert_close(one.states[name], other.states[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", FAMILIES | RELATIVES)
+def test_families(monkeypatch, family: str, padded: bool, mode: str) -> None:
+    device = "cuda" if mode == "captured" else "cpu"
+    model = with_adapter(tiny_model(family), window_size=8).to(device)
+    ids = tokens().to(device)
+    mask = left_padded(ids) if padded else None
+    sizes = [7] + [1] * 33
+    monkeypatch.setattr(fast_decode, "can_replay", lambda device: False)
+    expected, eager = decode(model, ids, mask, sizes)
+    replaying = Replaying(monkeypatch, recorded=mode == "recorded")
+    actual, cache = decode(model, ids, mask, sizes)
+    assert (replaying.count, replaying.captures) == (33, 1)
+    assert relative_error(actual, expected) < 1e-10
+    assert_alike(cache, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_dtypes(monkeypatch, mode: str, dtype: torch.dtype) -> None:
+    """Replayed steps are as exact as eager ones: both are compared with the same weights in float64."""
+    device = "cuda" if mode == "captured" else "cpu"
+    model = with_adapter(tiny_model("qwen3", dtype, head_dim=64), window_size=8).to(device)
+    ids = tokens().to(device)
+    monkeypatch.setattr(fast_decode, "can_replay", lambda device: False)
+    exact, _ = decode(copy.deepcopy(model).double(), ids, left_padded(ids), [7] + [1] * 33)
+    eager, _ = decode(model, ids, left_padded(ids), [7] + [1] * 33)
+    replaying = Replaying(monkeypatch, recorded=mode == "recorded")
+    replayed, _ = decode(model, ids, left_padded(ids), [7] + [1] * 33)
+    assert replaying.count == 33
+    assert relative_error(replayed, exact) < 1.5 * relative_error(eager, exact)
+
+
+def test_two_adapters(replaying) -> None:
+    model = with_adapter(tiny_model("qwen2"), window_size=8)
+    torch.manual_seed(5)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    expected, eager = replaying.off(decode, model, tokens(), None, [7] + [1] * 33)
+    actual, cache = decode(model, tokens(), None, [7] + [1] * 33)
+    assert replaying.count == 33 and len(cache.layers[0].states) == 2
+    assert relative_error(actual, expected) < 1e-10
+    assert_alike(cache, eager)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_states_may_be_made_at_the_eviction(replaying, model, monkeypatch, in_place: bool) -> None:
+    """Whether states are made before the step or in it, and whether in new tensors, makes no difference."""
+    expected, eager = replaying.off(decode, model, tokens(), None, [7] + [1] * 33)
+    evict = PTECache.evict
+
+    def evict_and_encode(cache, *args, **kwargs):
+        evict(cache, *args, **kwargs)
+        for attention in attention_modules(model.get_decoder()).values():
+            layer = cache.layers[attention.layer_idx]
+            before = dict(layer.states)
+            layer.states_for(attention.thought_encoder, attention, 2)
+            if in_place and before:
+                layer.states = {name: before[name].copy_(state) for name, state in layer.states.items()}
+
+    monkeypatch.setattr(PTECache, "evict", evict_and_encode)
+    actual, cache = decode(model, tokens(), None, [7] + [1] * 33)
+    assert replaying.count == 33
+    assert relative_error(actual, expected) < 1e-10
+    assert_alike(cache, eager)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("retained_prefix", ["prompt", 2])
+def test_eager_and_replayed_steps_mix(replaying, seed: int, retained_prefix) -> None:
+    model = with_adapter(tiny_model("qwen2"), window_size=6, retained_prefix=retained_prefix)
+    generator = torch.Generator().manual_seed(seed)
+    ids = tokens(60, seed=seed)
+    mask = left_padded(ids)
+    expected, eager = replaying.off(decode, model, ids, mask, [7, 53])
+    cache, outputs, start = PTECache(), [], 0
+    while start < 60:
+        size = 7 if start == 0 else int(torch.randint(1, 5, (1,), generator=generator)) // 4 * 4 or 1
+        size = min(size, 60 - start)
+        replaying.is_on = bool(torch.rand(1, generator=generator) < 0.7)
+        outputs.append(decode(model, ids[:, start : start + size], mask[:, : start + size], [size], cache)[0])
+        start += size
+    assert replaying.count > 5
+    assert relative_error(torch.cat(outputs, dim=1), expected) < 1e-10
+    assert_alike(cache, eager)
+
+
+class Words(BaseStreamer):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.seen.append(-1)
+
+
+@pytest.mark.parametrize("options", [GREEDY, dict(do_sample=True, max_new_tokens=24, num_return_sequences=2)], ids=str)
+def test_generate(replaying, model, options: dict) -> None:
+    torch.manual_seed(0)
+    expected = replaying.off(model.generate, **batch(), **options)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(**batch(), **options), expected)
+    assert replaying.count >= 20 and replaying.captures == 1
+
+
+def test_streaming(replaying, model) -> None:
+    ids = batch()["input_ids"][1:]
+    expected, actual = Words(), Words()
+    replaying.off(model.generate, input_ids=ids, streamer=expected, **GREEDY)
+    model.generate(input_ids=ids, streamer=actual, **GREEDY)
+    assert replaying.count == 23 and actual.seen == expected.seen
+
+
+def test_own_cache_and_going_on(replaying, model) -> None:
+    """The caller's own cache is adopted with replays on, and goes on in a second call."""
+    cache, eager = DynamicCache(), PTECache(cuda_graph=False)
+    first = model.generate(**batch(), **GREEDY, past_key_values=cache)
+    count = replaying.count
+    assert count == 23 and cache.cuda_graph
+    assert torch.equal(model.generate(**batch(), **GREEDY, past_key_values=eager), first)
+    assert replaying.count == count
+    mask = torch.cat([batch()["attention_mask"], torch.ones(2, 24, dtype=torch.long)], dim=1)
+    outputs = [
+        model.generate(input_ids=first, attention_mask=mask, past_key_values=past, **GREEDY) for past in (cache, eager)
+    ]
+    assert torch.equal(*outputs)
+    assert_alike(cache, eager)
+
+
+@pytest.mark.parametrize("eager_steps", [0, 8])
+@pytest.mark.parametrize("retained_prefix", ["prompt", 2])
+def test_beams(replaying, monkeypatch, eager_steps: int, retained_prefix) -> None:
+    monkeypatch.setattr(fast_decode, "EAGER_STEPS", eager_steps)
+    model = with_adapter(tiny_model("qwen2"), window_size=6, retained_prefix=retained_prefix)
+    options = dict(num_beams=3, num_return_sequences=2, do_sample=False, max_new_tokens=20)
+    expected = replaying.off(model.generate, **batch(), **options)
+    assert torch.equal(model.generate(**batch(), **options), expected)
+    assert bool(replaying.count) == (eager_steps == 0)  # rows are selected after every step, so no graph pays
+
+
+def test_steps_before_a_graph_is_made(replaying, model, monkeypatch) -> None:
+    monkeypatch.setattr(fast_decode, "EAGER_STEPS", 5)
+    decode(model, tokens(), None, [7] + [1] * 33)
+    assert (replaying.count, replaying.captures) == (28, 1)
+
+
+def continued(replaying, model, change, seen: int = 20) -> None:
+    """Decode, change the cache or the model, go on: replays before and after, the results of eager decoding."""
+    ids = tokens(40)
+    mask = left_padded(ids)
+    caches = []
+    logits = []
+    for is_on in (False, True):
+        replaying.is_on = is_on
+        cache = decode(model, ids[:, :seen], mask[:, :seen], [7] + [1] * (seen - 7))[1]
+        undo, cache, rows = change(cache)
+        before = replaying.count
+        more, cache = decode(model, ids[rows, seen:], mask[rows], [1] * (40 - seen), cache)
+        undo()
+        assert replaying.count - before == is_on * (40 - seen)
+        caches.append(cache)
+        logits.append(more)
+    assert relative_error(logits[1], logits[0]) < 1e-10
+    assert_alike(*caches)
+
+
+def keep() -> None:
+    """Nothing to undo."""
+
+
+@pytest.mark.parametrize("kind", ["reorder", "repeat", "select", "mask"])
+def test_rows_are_selected(replaying, model, kind: str) -> None:
+    def change(cache):
+        if kind == "reorder":
+            rows = torch.tensor([1, 0])
+            cache.reorder_cache(rows)
+        elif kind == "repeat":
+            rows = torch.tensor([0, 0, 1, 1])
+            cache.batch_repeat_interleave(2)
+        elif kind == "select":
+            rows = torch.tensor([1])
+            cache.batch_select_indices(rows)
+        else:
+            rows = torch.tensor([1])
+            cache.batch_select_indices(torch.tensor([False, True]))
+        assert cache.replays.step is None
+        return keep, cache, rows
+
+    continued(replaying, model, change)
+    assert replaying.captures == 2
+
+
+def through_pickle(cache: PTECache) -> PTECache:
+    return pickle.loads(pickle.dumps(cache))
+
+
+def through_file(cache: PTECache) -> PTECache:
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_file])
+def test_copies_of_a_cache(replaying, model, duplicate) -> None:
+    kept = []
+
+    def change(cache):
+        twin = duplicate(cache)
+        assert twin.replays is not cache.replays and twin.replays.step is None
+        kept.append((cache, copy.deepcopy(cache)))
+        return keep, twin, slice(None)
+
+    continued(replaying, model, change)
+    for cache, before in kept:  # going on with the copy has left the original alone
+        assert_alike(cache, before)
+
+
+@pytest.mark.parametrize("kind", ["in place", "moved", "replaced", "buffer", "module"])
+def test_parameters_change(replaying, kind: str) -> None:
+    model = with_adapter(tiny_model("qwen2"), window_size=8)
+    decoder = model.get_decoder()
+    projection = decoder.layers[1].self_attn.v_proj
+    original = copy.deepcopy(projection)
+
+    def change(cache):
+        weight = projection.base_layer.weight
+        if kind == "in place":
+            with torch.no_grad():
+                weight.mul_(0.5)
+        elif kind == "moved":
+            weight.data = weight.data * 0.5
+        elif kind == "replaced":
+            projection.base_layer.weight = torch.nn.Parameter(weight.detach() * 0.5)
+        elif kind == "buffer":
+            decoder.rotary_emb.inv_freq = decoder.rotary_emb.inv_freq * 0.5
+        else:
+            projection.pte_A["default"] = copy.deepcopy(projection.pte_A["default"])
+            projection.pte_A["default"].weight.data *= 0.5
+
+        def undo():
+            projection.load_state_dict(original.state_dict())
+            if kind == "buffer":
+                decoder.rotary_emb.inv_freq = decoder.rotary_emb.inv_freq * 2
+
+        return undo, cache, slice(None)
+
+    continued(replaying, model, change)
+    assert replaying.captures == (1 if kind == "in place" else 2)
+
+
+def test_masked_tokens_are_decoded_eagerly(replaying, model) -> None:
+    """A graph knows leading padding only. Steps with any other mask are eager, and replays go on after them."""
+    ids = tokens()
+    mask = left_padded(ids)
+    mask[1, 20] = 0
+    expected, eager = replaying.off(decode, model, ids, mask, [7] + [1] * 33)
+    actual, cache = decode(model, ids, mask, [7] + [1] * 33)
+    assert 13 < replaying.count < 33 and replaying.captures == 1
+    assert relative_error(actual, expected) < 1e-10
+    assert_alike(cache, eager)
+
+
+def test_padding_may_change(replaying, model) -> None:
+    """The mask of each call counts, not that of the first."""
+    ids = tokens()
+    logits = []
+    for is_on in (False, True):
+        replaying.is_on, cache, outputs = is_on, PTECache(), []
+        for start, size in [(0, 7)] + [(t, 1) for t in range(7, 40)]:
+            mask = left_padded(ids[:, : start + size], padding=2 if start < 20 else 4)
+            outputs.append(decode(model, ids[:, start : start + size], mask, [size], cache)[0])
+        logits.append(torch.cat(outputs, dim=1))
+    assert replaying.count == 33 and relative_error(logits[1], logits[0]) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["hidden states", "attentions", "embeddings", "config", "gradients", "autocast"])
+def test_special_wishes_are_met_eagerly(replaying, kind: str) -> None:
+    model = with_adapter(tiny_model("qwen2", torch.float32, attn_implementation="eager"), window_size=8)
+    ids = tokens(10)
+    cache = decode(model, ids[:, :9], None, [7, 1, 1])[1]
+    eager, count = copy.deepcopy(cache), replaying.count
+    assert count == 2
+
+    def step(cache):
+        with torch.set_grad_enabled(kind == "gradients"), torch.autocast("cpu", enabled=kind == "autocast"):
+            given = dict(input_ids=ids[:, 9:], past_key_values=cache)
+            if kind == "embeddings":
+                given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
+            elif kind in ("hidden states", "attentions"):
+                given[f"output_{kind.replace(' ', '_')}"] = True
+            return model.get_decoder()(**given)
+
+    model.get_decoder().config.output_hidden_states = kind == "config"
+    actual, expected = step(cache), replaying.off(step, eager)
+    assert replaying.count == count
+    assert (actual.hidden_states is not None) == (kind in ("hidden states", "config"))
+    assert (actual.attentions is not None) == (kind == "attentions")
+    assert actual.last_hidden_state.requires_grad == (kind == "gradients")
+    assert torch.equal(actual.last_hidden_state, expected.last_hidden_state)
+
+
+def test_inference_mode(replaying, model) -> None:
+    """Slots made in inference mode cannot be written to outside: they are copied, and the graph is made again."""
+    ids = tokens()
+    expected = replaying.off(decode, model, ids, None, [7] + [1] * 33)[0]
+    cache, outputs = PTECache(), []
+    for start, size in [(0, 7)] + [(t, 1) for t in range(7, 40)]:
+        with torch.inference_mode(start < 20 or start >= 30):
+            outputs.append(decode(model, ids[:, start : start + size], None, [size], cache)[0])
+    assert replaying.count == 33 and replaying.captures == 3
+    assert relative_error(torch.cat(outputs, dim=1), expected) < 1e-10
+
+
+def warned(replaying, model, ids: torch.Tensor | None = None) -> str:
+    """Decode where no graph can be made: the results of eager decoding, and one warning."""
+    ids = tokens() if ids is None else ids
+    config = model.get_decoder().config
+    before = config._attn_implementation
+    expected, eager = replaying.off(decode, model, ids, None, [7] + [1] * 33)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        actual, cache = decode(model, ids, None, [7] + [1] * 33)
+    messages = [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
+    assert len(messages) == 1 and replaying.count == 0
+    assert config._attn_implementation == before and fast_decode.current_step.get() is None
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_alike(cache, eager)
+    return messages[0]
+
+
+def test_hooks_are_refused(replaying) -> None:
+    model = with_adapter(tiny_model("qwen2"), window_size=8)
+    seen = []
+    handle = model.get_decoder().layers[1].mlp.register_forward_hook(lambda *args: seen.append(args))
+    assert "Qwen2MLP has a forward hook" in warned(replaying, model)
+    assert len(seen) == 2 * 34
+    handle.remove()
+    decode(model, tokens(), None, [7] + [1] * 33)
+    assert replaying.count == 33
+
+
+def test_harmless_hooks(replaying) -> None:
+    model = with_adapter(tiny_model("qwen2"), window_size=8)
+    model.enable_input_require_grads()
+    with torch.no_grad():
+        model(input_ids=tokens(7), output_hidden_states=True)  # transformers puts its hooks in
+    decode(model, tokens(), None, [7] + [1] * 33)
+    assert replaying.count == 33
+
+
+def test_a_hook_on_the_way(replaying, model) -> None:
+    """A hook that is registered during a generation is called."""
+    ids, seen = tokens(), []
+    cache = decode(model, ids[:, :20], None, [7] + [1] * 13)[1]
+    hook = model.get_decoder().norm.register_forward_hook(lambda *args: seen.append(args))
+    with pytest.warns(UserWarning, match="forward hook"):
+        decode(model, ids[:, 20:], None, [1] * 20, cache)
+    hook.remove()
+    assert len(seen) == 20
+
+
+@pytest.mark.parametrize("config", [dict(pte_dropout=0.5), dict()])
+def test_dropout(replaying, config: dict) -> None:
+    """Training mode alone is no reason: rollouts of reinforcement learning are made in it."""
+    model = with_adapter(tiny_model("qwen2"), window_size=8, **config).train()
+    if not config:
+        decode(model, tokens(), None, [7] + [1] * 33)
+        assert replaying.count == 33
+        model.get_decoder().config.attention_dropout = 0.5
+        cache = decode(model.eval(), tokens(8), None, [7, 1])[1]
+        assert replaying.count == 34
+        model.train()
+        with pytest.warns(UserWarning, match="dropout is active"):
+            decode(model, tokens(1), None, [1], cache)
+    with pytest.warns(UserWarning, match="dropout is active"):
+        decode(model, tokens(8), None, [7, 1])
+
+
+def test_other_attention_is_refused(replaying, monkeypatch) -> None:
+    """Softcapping, sinks and the like arrive as arguments that are not known."""
+    model = with_adapter(tiny_model("qwen2"), window_size=8)
+    attend = fast_decode.attend
+    capped = lambda *args, **kwargs: attend(*args, **kwargs, softcap=30.0)  # noqa: E731
+    monkeypatch.setitem(fast_decode.AttentionInterface._global_mapping, fast_decode.ATTENTION, capped)
+    assert "attention takes `softcap`" in warned(replaying, model)
+
+
+def test_sliding_window_is_refused(replaying) -> None:
+    model = with_adapter(tiny_model("mistral", sliding_window=32768), window_size=8)
+    decode(model, tokens(), None, [7] + [1] * 33)
+    assert replaying.count == 33
+    for layer in model.get_decoder().layers:
+        layer.self_attn.config.sliding_window = 10
+    with pytest.warns(UserWarning, match="a window of 10 tokens"):
+        decode(model, tokens(8), None, [7, 1])
+
+
+def test_attention_that_goes_its_own_way_is_refused(replaying, monkeypatch) -> None:
+    """A family that ignores the configured attention function would attend to slots that are not in use."""
+    model = with_adapter(tiny_model("qwen2"), window_size=8)
+    sdpa = fast_decode.AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(fast_decode.AttentionInterface._global_mapping, fast_decode.ATTENTION, sdpa)
+    assert "do not use the function" in warned(replaying, model)
+
+
+def test_a_capture_that_fails(replaying, model, monkeypatch) -> None:
+    def fail(step):
+        step.forward()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(fast_decode.DecodeStep, "capture", fail)
+    assert "not permitted when stream is capturing" in warned(replaying, model)
+
+
+def test_attention_is_only_for_steps(model) -> None:
+    other = copy.deepcopy(model)
+    other.get_decoder().config._attn_implementation = fast_decode.ATTENTION
+    with pytest.raises(RuntimeError, match="in another thread"), torch.no_grad():
+        other(input_ids=tokens(7))
+
+
+def test_generations_interleaved(replaying, model) -> None:
+    ids = torch.stack([tokens(30, seed=seed) for seed in (1, 2)])
+    separate = [replaying.off(decode, model, ids[i], None, [5] + [1] * 25)[0] for i in range(2)]
+    caches = [PTECache(), PTECache()]
+    outputs: list[list[torch.Tensor]] = [[], []]
+    for start, size in [(0, 5)] + [(t, 1) for t in range(5, 30)]:
+        for i in range(2):
+            outputs[i].append(decode(model, ids[i, :, start : start + size], None, [size], caches[i])[0])
+    assert replaying.count == 50
+    for i in range(2):
+        assert relative_error(torch.cat(outputs[i], dim=1), separate[i]) < 1e-10
+
+
+def test_outputs_are_the_callers(replaying, model) -> None:
+    """A later step does not overwrite what an earlier one returned."""
+    ids, cache = tokens(12), PTECache()
+    decode(model, ids[:, :7], None, [7], cache)
+    with torch.no_grad():
+        outputs = [model.get_decoder()(ids[:, t : t + 1], past_key_values=cache) for t in range(7, 12)]
+    kept = [output.last_hidden_state for output in outputs]
+    assert len({x.data_ptr() for x in kept}) == 5 and outputs[0].past_key_values is cache
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_storage_is_constant(replaying, model) -> None:
+    ids, cache, sizes = tokens(60), PTECache(), set()
+    decode(model, ids[:, :16], None, [7] + [1] * 9, cache)
+    for t in range(16, 60):
+        decode(model, ids[:, t : t + 1], None, [1], cache)
+        sizes.add(cache.nbytes)
+    assert len(sizes) == 1
+
+
+def test_switches() -> None:
+    assert not PTECache().cuda_graph and PTECache(cuda_graph=True).cuda_graph
+    cache = PTECache(cuda_graph=True)
+    cache.reset()
+    assert cache.cuda_graph
+    assert not fast_decode.can_replay(torch.device("cpu"))
+
+
+def test_threads() -> None:
+    """The step that is being made belongs to its thread."""
+    seen = []
+    token = fast_decode.current_step.set("ours")
+    thread = threading.Thread(target=lambda: seen.append(fast_decode.current_step.get()))
+    thread.start()
+    thread.join()
+    fast_decode.current_step.reset(token)
+    assert seen == [None]
+
+
+def test_reserve() -> None:
+    slots = SlotBuffer()
+    slots.append(torch.arange(6.0).view(1, 1, 3, 2), 3)
+    data = slots.reserve(3)
+    assert data is slots.data and data is slots.reserve(2)
+    assert slots.reserve(10).shape == (1, 1, 10, 2) and slots.data is not data
+    assert slots.length == 3 and torch.equal(slots.view, torch.arange(6.0).view(1, 1, 3, 2))
