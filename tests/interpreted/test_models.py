@@ -10,8 +10,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from models import decode, tiny_model, with_adapter
+from torch._dynamo.backends.debugging import aot_eager
 
 from peft_pte import PTEConfig
+from peft_pte.encoder import Evicted
+from peft_pte.rotary import KeyPositions
+from peft_pte.segments import SegmentCache, SegmentLayer, Stored
 from peft_pte_kernels import dispatch, encode_ops, low_rank_ops
 from peft_pte_kernels.ops import cache as cache_ops
 
@@ -169,3 +173,46 @@ def test_what_was_asked_for_and_cannot_be_done_is_refused() -> None:
         model(input_ids=ids, attention_mask=mask, prompt_lengths=7)
     with patch.object(dispatch, "MODE", "auto"):
         model(input_ids=ids, attention_mask=mask, prompt_lengths=7)
+
+
+def test_a_layer_compiles_to_one_graph() -> None:
+    """A whole decoder layer with its hooks: what was evicted is encoded and read, and q, k, v and o are updated."""
+    model = adapted("llama")
+    decoder = model.get_submodule("base_model.model.model")
+    layer, encoder = decoder.layers[0], decoder.layers[0].self_attn.thought_encoder
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 32, generator=generator, requires_grad=True)
+    keys, values = torch.randn(2, 2, 2, 4, 8, generator=generator)
+    positions = torch.arange(5)[None].expand(2, -1) + 4
+
+    def forward(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+        gone = KeyPositions(decoder.rotary_emb, positions[:, :4] - 4)
+        past = SegmentLayer([], {"default": Stored(core)}, lambda: Evicted(keys, values, gone, None), 4)
+        return layer(
+            x,
+            attention_mask=None,
+            position_ids=positions,
+            past_key_values=SegmentCache(layers=[past]),
+            position_embeddings=decoder.rotary_emb(x, positions),
+        )
+
+    def gradients(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights = [encoder.pte_key["default"].weight, layer.self_attn.o_proj.pte_A["default"].weight]
+        return torch.autograd.grad(output.square().sum(), [x, *weights])
+
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    arguments = x, keys, values, torch.zeros(2, 5, 5)
+    expected = forward(*arguments)
+    actual = torch.compile(forward, fullgraph=True, backend=backend)(*arguments)
+    (graph,) = graphs
+    names = [str(node.target) for node in graph.graph.nodes]
+    for op, count in (("encode_cores", 1), ("read_states", 1), ("low_rank", 2)):
+        assert sum(name.startswith(f"peft_pte_kernels.{op}.") for name in names) == count, names
+    close(actual, expected, 1e-5)
+    for one, other in zip(gradients(actual), gradients(expected)):
+        close(one, other, 1e-5)
