@@ -24,7 +24,7 @@ MAX_PROJECTIONS = 3
 TOKENS, OUTPUTS = 64, 128
 BACKWARD_TOKENS = 32
 SHRINK_ROWS = 16
-DECODE_ROWS, DECODE_OUTPUTS = 4, 64
+DECODE_ROWS, DECODE_OUTPUTS = 4, 128
 
 
 @triton.jit
@@ -232,7 +232,7 @@ def low_rank(
             SPLITS=z.shape[0],
             ROWS=DECODE_ROWS,
             BO=DECODE_OUTPUTS,
-            num_warps=2 if r <= 16 else 4,
+            num_warps=4,
             **options,
         )
     else:

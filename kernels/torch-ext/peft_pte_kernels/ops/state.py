@@ -44,13 +44,12 @@ def added_state(
 
 @triton.jit
 def state_scale(state, NORM: tl.constexpr, R: tl.constexpr):
-    """What the rows [BR, 1] of a state are multiplied with."""
+    """What a state is multiplied with: a number for each row [BR, 1], or one for all."""
     squares = tl.sum(state * state, 1)
     if NORM == 1:
-        scale = 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
+        return (1.0 / tl.maximum(tl.sqrt(squares), 1e-12))[:, None]
     else:
-        scale = tl.sqrt(R * 1.0) / tl.maximum(tl.sqrt(tl.sum(squares, 0)), 1e-12) + squares * 0.0
-    return scale[:, None]
+        return tl.sqrt(R * 1.0) / tl.maximum(tl.sqrt(tl.sum(squares, 0)), 1e-12)
 
 
 @triton.jit
