@@ -249,6 +249,8 @@ def write_layers(
             gone.positions.take_out(attention, gone.keys.to(dtype), rule.encode_keys).to(gone.keys.dtype)
             for (attention, _), gone in zip(layers, evicted)
         ]
+    if rotation is not None:
+        rotation = rotation._replace(cos=rotation.cos.to(cores.device), sin=rotation.sin.to(cores.device))
     valid = evicted[0].valid
     arguments = (
         keys,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +26,7 @@ def refuse_merge(*args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(NOT_MERGEABLE)
 
 
-def is_fused(modules: Iterable[nn.Module], *tensors: torch.Tensor, rank: int) -> bool:
+def is_fused(modules: Sequence[nn.Module], *tensors: torch.Tensor, rank: int) -> bool:
     """Whether a Triton kernel computes on these tensors and on the weights of `modules`, which it reads as they lie.
 
     Weights that are gathered when their module is called (FSDP, ZeRO-3), or modules that somebody has replaced, take
@@ -36,7 +36,7 @@ def is_fused(modules: Iterable[nn.Module], *tensors: torch.Tensor, rank: int) ->
         ValueError: `PTE_KERNELS=triton` asks for kernels that cannot be used.
     """
     weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
-    gathered = len(weights) < len(list(modules)) or any(
+    gathered = len(weights) < len(modules) or any(
         hasattr(weight, name) for weight in weights for name in ("full_tensor", "ds_id")
     )
     if gathered and dispatch.MODE == "triton":
