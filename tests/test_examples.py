@@ -77,9 +77,33 @@ def test_memory_benchmark_counts_what_the_backward_pass_needs(tmp_path: Path) ->
 
 
 def test_gpu_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
-    """The same checks and measurements on the CPU; correctness is recorded before anything is measured."""
-    options = ["--device", "cpu", "--shapes", "small", "--lengths", 512, "--minutes", 0.1, "--output", tmp_path]
-    done = run("benchmarks/gpu.py", *options)
+    """The same checks and measurements on the CPU, one by one; correctness is recorded before anything is measured."""
+    options = ["--device", "cpu", "--shapes", "small", "--lengths", 512, "--window-size", 64, "--output", tmp_path]
+    done = run("benchmarks/gpu.py", *options, "--only", "correctness", "kernels", "encode", "apply", "decode", "train")
     assert done.returncode == 0, done.stderr
-    checks = list(csv.DictReader((tmp_path / "gpu_correctness.csv").open()))
-    assert len(checks) == 6 and all(row["passed"] == "True" for row in checks)
+    tables = {path.stem: list(csv.DictReader(path.open())) for path in tmp_path.glob("*.csv")}
+    checks = tables.pop("gpu_correctness")
+    assert all(row["passed"] == "True" for row in checks)
+    names = {row["check"].split(" ")[0].rstrip(":") for row in checks}
+    assert names > {
+        "replay",
+        "encode",
+        "read_state",
+        "compact",
+        "low_rank_update",
+        "token_logprobs",
+        "decode_attention",
+    }
+    assert set(tables) == {"gpu_encode", "gpu_apply", "gpu_decode", "gpu_train"}
+    for rows in tables.values():
+        assert rows and not any(row["error"] for row in rows)
+        assert all("times say nothing" in row["note"] for row in rows)
+    assert run("benchmarks/plot.py", "--folder", tmp_path).returncode == 0
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(tables)
+
+
+def test_gpu_benchmark_stops_when_time_is_up(tmp_path: Path) -> None:
+    """Nothing new is begun then."""
+    options = ["--device", "cpu", "--shapes", "small", "--lengths", 512, "--output", tmp_path, "--only", "memory"]
+    done = run("benchmarks/gpu.py", *options, "--minutes", 0.001)
+    assert done.returncode == 0 and "time is up" in done.stdout, done.stderr

@@ -80,6 +80,14 @@ def precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
+def limits() -> dict[str, int]:
+    """Launch options by which a kernel may have all registers that there are.
+
+    Left to itself ptxas stops at round numbers for the sake of occupancy, and spills a few. AMD has no such option.
+    """
+    return {} if torch.version.hip else dict(maxnreg=255)
+
+
 def tile(size: int) -> int:
     """The edge of a tile that holds `size` elements: a power of two, 16 at least, as `tl.dot` wants."""
     return max(16, 1 << (size - 1).bit_length())

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launch, precision, register, tile
+from ..dispatch import launch, limits, precision, register, tile
 
 # Tokens that are projected together: the more, the less often the weights are read.
 TOKENS = 64
@@ -366,6 +366,7 @@ class Call(NamedTuple):
             PRECISION=precision(),
             device=self.keys[0].device,
             num_warps=4,
+            **limits(),
         )
 
 
@@ -452,7 +453,7 @@ def small_options(call: Call) -> dict[str, Any]:
     """Constants of the kernels that see projections only."""
     options = call.options()
     shared = {name: options[name] for name in ("R", "BN", "BR", "PRECISION", "device", "num_warps")}
-    return dict(shared, num_stages=1)
+    return dict(shared, num_stages=1, **limits())
 
 
 def encode_cores(

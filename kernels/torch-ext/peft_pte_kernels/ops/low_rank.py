@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launch, precision, register, tile
+from ..dispatch import launch, limits, precision, register, tile
 
 MAX_PROJECTIONS = 3
 # Tiles. A program of `expand_kernel` reads its part of A and a state once for all its tokens; one of
@@ -201,6 +201,7 @@ def shrink(x: torch.Tensor, B: list[torch.Tensor], r: int) -> torch.Tensor:
         device=x.device,
         num_warps=4,
         num_stages=3,
+        **limits(),
     )
     return z
 
@@ -223,7 +224,7 @@ def low_rank(
     z = shrink(flat(x), B, r) if decoding else product(flat(x), torch.cat(B).to(x.dtype).mT)
     tensors = z, state, *three(A), *three(bases), *three(outputs)
     widths = three([a.shape[0] for a in A])
-    options = dict(P=num_projections, R=r, BR=tile(r), device=x.device, num_stages=1)
+    options = dict(P=num_projections, R=r, BR=tile(r), device=x.device, num_stages=1, **limits())
     if decoding:
         launch(
             expand_decode_kernel,
@@ -283,6 +284,7 @@ def low_rank_backward(
         device=x.device,
         num_warps=4,
         num_stages=1,
+        **limits(),
     )
     z_grad = z_grad.flatten(1)
     x_grad = (z_grad @ weight).view(x.shape).to(x.dtype) if needs_input else x.new_empty(0)

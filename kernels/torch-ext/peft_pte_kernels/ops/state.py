@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launch, precision, register, tile
+from ..dispatch import launch, limits, precision, register, tile
 
 NORMS = {"none": 0, "row": 1, "frobenius": 2}
 
@@ -108,7 +108,7 @@ def read_backward_kernel(
 def options(cores: torch.Tensor, transposed: bool, norm: str) -> dict[str, Any]:
     r = cores.shape[-1]
     shared = dict(TRANSPOSED=transposed, NORM=NORMS[norm], device=cores.device, num_warps=4, num_stages=1)
-    return dict(shared, R=r, BR=tile(r), PRECISION=precision())
+    return dict(shared, R=r, BR=tile(r), PRECISION=precision(), **limits())
 
 
 def strides(initial: torch.Tensor) -> tuple[int, int]:
