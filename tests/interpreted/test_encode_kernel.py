@@ -33,7 +33,7 @@ def laid_out(x: torch.Tensor, layout: int) -> torch.Tensor:
 
 
 @st.composite
-def encodings(draw: st.DrawFn) -> dict[str, Any]:
+def encodings(draw: st.DrawFn, update: str) -> dict[str, Any]:
     """Odd sizes, several layers, all layouts, rotations and masks."""
     num_layers, num_rows, num_heads = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     head_dim = draw(st.sampled_from([4, 16, 24, 32, 40]))
@@ -55,7 +55,7 @@ def encodings(draw: st.DrawFn) -> dict[str, Any]:
         + [random(generator, num_layers, num_rows, r, r).float()],
         rotation=rotation,
         valid=draw(st.sampled_from([valid, None])),
-        update=draw(st.sampled_from(["sum", "delta"])),
+        update=update,
         limit=LIMITS[dtype],
     )
 
@@ -74,9 +74,11 @@ def unpacked(function: Any, case: dict[str, Any], dtype: torch.dtype) -> Any:
     return call
 
 
-@settings(max_examples=120)
-@given(encodings())
-def test_encode(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize("update", ["sum", "delta"])
+@settings(max_examples=60)
+@given(st.data())
+def test_encode(update: str, data: st.DataObject) -> None:
+    case = data.draw(encodings(update))
     kernel = unpacked(peft_pte_kernels.encode, case, torch.float32)
     compare(kernel, unpacked(reference.encode, case, torch.float64), case["tensors"], case["limit"])
 

@@ -157,11 +157,12 @@ def test_generate_draws_the_same_tokens() -> None:
 
 
 def test_siblings_are_computed_together() -> None:
-    """One pair of launches for q, k and v, one for o, in every layer."""
+    """Launches for q, k and v together, and for o, in both layers: one each for a segment, two for single tokens."""
     model, (ids, mask) = adapted("llama"), batch(12)
-    with torch.no_grad(), patch.object(low_rank_ops, "launch", wraps=low_rank_ops.launch) as launches:
-        model(input_ids=ids, attention_mask=mask, prompt_lengths=12)
-    assert launches.call_count == 2 * 2 * 2
+    for length, launched in ((12, 1), (1, 2)):
+        with torch.no_grad(), patch.object(low_rank_ops, "launch", wraps=low_rank_ops.launch) as launches:
+            model(input_ids=ids[:, -length:], attention_mask=mask[:, -length:], prompt_lengths=length)
+        assert launches.call_count == 2 * 2 * launched
     attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
     assert attention.q_proj.call is None and attention.k_proj.call is None
 

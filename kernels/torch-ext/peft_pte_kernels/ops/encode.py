@@ -127,7 +127,7 @@ def project_kernel(
     if DELTA:
         tl.debug_barrier()  # the blocks below read what other threads have written
         n = tl.arange(0, BN)
-        for start in range(0, BP, BN):
+        for start in range(0, tl.minimum(BP, m - first), BN):
             block = first + start + n
             out = layer_row * m + block
             block_at = out[:, None] * R + r[None, :]
