@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from measuring import Results
+from measuring import Results, plain_torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -104,28 +105,59 @@ def gradients_of_two_ways(device: str, dtype: torch.dtype, gradient: str) -> flo
     return ((actual - expected).norm() / expected.norm()).item()
 
 
+@torch.no_grad()
+def kernels_against_torch(device: str, dtype: torch.dtype) -> float:
+    """Largest difference of log-probabilities of decoding with and without Triton kernels."""
+    model = tiny(device, dtype).eval()
+    ids, mask = batch(device)
+    actual = decoded(model, ids, mask, PTECache())
+    with plain_torch():
+        return (actual - decoded(model, ids, mask, PTECache())).abs().max().item()
+
+
 # Name: (check, largest allowed value in float32, and in bfloat16, whose rounding differs from way to way).
 CHECKS: dict[str, tuple[Callable[[str, torch.dtype], float], float, float]] = {
     "replay = decoding": (replay_against_decoding, 1e-4, 0.25),
-    "CUDA graph = eager decoding": (graph_against_eager, 1e-4, 0.25),
+    "decoding with kernels = without": (kernels_against_torch, 1e-4, 0.25),
     "offload = plain gradients": (lambda *at: gradients_of_two_ways(*at, "full"), 1e-4, 0.05),
     "truncated = ordinary autograd": (lambda *at: gradients_of_two_ways(*at, "truncated"), 1e-4, 0.05),
 }
+GRAPH_CHECKS = {"CUDA graph = eager decoding": (graph_against_eager, 1e-4, 0.25)}
 
 
 def check_models(options: argparse.Namespace, results: Results) -> bool:
-    good = True
-    for name, (check, *limits) in CHECKS.items():
-        for dtype, limit in zip((torch.float32, torch.bfloat16), limits):
-            value = check(options.device, dtype)
-            good &= value <= limit
-            results.add(row_of(name, dtype, value, limit))
-    return good
+    """Whether all is right but for graphs; `options.graphs` says whether those are: decoding is measured without."""
+    options.graphs = run_checks(GRAPH_CHECKS, options, results)
+    return run_checks(CHECKS, options, results)
 
 
-def row_of(name: str, dtype: torch.dtype, value: float, limit: float) -> dict[str, Any]:
-    """NaN is within no limit."""
-    return dict(check=name, dtype=str(dtype), value=f"{value:.3g}", limit=limit, passed=value <= limit)
+def run_checks(
+    checks: dict[str, tuple[Callable[[str, torch.dtype], float], float, float]],
+    options: argparse.Namespace,
+    results: Results,
+) -> bool:
+    good = [
+        add_check(results, name, dtype, limit, lambda check=check, dtype=dtype: {"": check(options.device, dtype)})
+        for name, (check, *limits) in checks.items()
+        for dtype, limit in zip((torch.float32, torch.bfloat16), limits)
+    ]
+    return all(good)
+
+
+def add_check(
+    results: Results, name: str, dtype: torch.dtype, limit: float, run: Callable[[], dict[str, float]]
+) -> bool:
+    """Add a row for each value that `run` gives; NaN, and what cannot be computed at all, is within no limit."""
+    error = ""
+    try:
+        values = run()
+    except Exception as reason:
+        traceback.print_exc()
+        values, error = {"": float("nan")}, f"{type(reason).__name__}: {str(reason)[:300]}"
+    for part, value in values.items():
+        row = dict(check=f"{name}{part}", dtype=str(dtype), value=f"{value:.3g}", limit=limit, passed=value <= limit)
+        results.add(row | dict(error=error))
+    return all(value <= limit for value in values.values())
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
@@ -252,7 +284,9 @@ def errors_of(check: KernelCheck) -> dict[str, float]:
     low = [x.detach().requires_grad_(check.has_gradient) for x in check.tensors]
     high = [x.detach().double().requires_grad_(check.has_gradient) for x in check.tensors]
     actual, expected = check.kernel(*low), check.reference(*high)
-    errors = {"forward": max(root_mean_square(x.double() - y) / root_mean_square(y) for x, y in zip(actual, expected))}
+    errors = {
+        ": forward": max(root_mean_square(x.double() - y) / root_mean_square(y) for x, y in zip(actual, expected))
+    }
     if check.has_gradient:
         above = [torch.randn_like(x) for x in actual]
         floor = check.floor * max(root_mean_square(x) for x in above)
@@ -260,16 +294,15 @@ def errors_of(check: KernelCheck) -> dict[str, float]:
             torch.autograd.grad(actual, low, above),
             torch.autograd.grad(expected, high, [x.double() for x in above]),
         )
-        errors["gradient"] = max(root_mean_square(x.double() - y) / max(root_mean_square(y), floor) for x, y in pairs)
+        errors[": gradient"] = max(root_mean_square(x.double() - y) / max(root_mean_square(y), floor) for x, y in pairs)
     return errors
 
 
 def check_kernels(options: argparse.Namespace, results: Results) -> bool:
     """On the CPU this compares PyTorch in each dtype with float64."""
-    good = True
-    for dtype, limit in LIMITS.items():
-        for check in kernel_checks(options.device, dtype):
-            for part, value in errors_of(check).items():
-                good &= value <= limit
-                results.add(row_of(f"{check.name}: {part}", dtype, value, limit))
-    return good
+    good = [
+        add_check(results, check.name, dtype, limit, lambda check=check: errors_of(check))
+        for dtype, limit in LIMITS.items()
+        for check in kernel_checks(options.device, dtype)
+    ]
+    return all(good)

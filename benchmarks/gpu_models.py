@@ -96,10 +96,10 @@ def pte_step(model: torch.nn.Module, batch: int, window: int, device: str, graph
     return lambda: model(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
 
-def decode_arms(window: int, full: int, device: str) -> Iterator[tuple[str, str, bool, int]]:
+def decode_arms(window: int, full: int, graphs: bool) -> Iterator[tuple[str, str, bool, int]]:
     """(arm, adapter, whether as a CUDA graph, slots in use on average)."""
     slots = memory.PROMPT + window - window // 8  # a quarter of the window leaves at once
-    for graph in (True, False) if device == "cuda" else (False,):
+    for graph in (True, False) if graphs else (False,):
         launched = "graph" if graph else "eager"
         yield f"PTE, {launched}", "full", graph, slots
         yield f"LoRA, same number of slots, {launched}", "lora", graph, slots
@@ -115,7 +115,9 @@ def measure_decode(options: argparse.Namespace, results: Results) -> None:
     device, window = options.device, options.window_size
     full, batches, most = (8192, (1, 16), window // 4) if device == "cuda" else (512, (1,), 4)
     for shape in options.shapes:
-        arms = sorted(decode_arms(window, full, device), key=lambda arm: arm[1])  # one model after the other
+        arms = sorted(
+            decode_arms(window, full, device == "cuda" and options.graphs), key=lambda arm: arm[1]
+        )  # one model after the other
         model, adapter = None, ""
         for arm, wanted, graph, slots in arms:
             if is_out_of_time(options):
