@@ -7,7 +7,8 @@
 
 Correctness comes first, of kernels and then of models, and nothing is measured if it fails; where only CUDA graphs do,
 decoding is measured without them. Results go to `benchmarks/results/gpu_<part>.csv` row by row, so that an interrupted
-run keeps what it has; each row names card, versions, commit and command. A measurement that fails is a row with its error, and the next one goes on.
+run keeps what it has; each row names card, versions, commit and command. A measurement that fails is a row with its
+error, and the next one goes on.
 """
 
 from __future__ import annotations
