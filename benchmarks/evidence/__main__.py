@@ -1,0 +1,94 @@
+"""Does the state carry thoughts, how far, and which rule does it best?
+
+    python benchmarks/evidence --task recall                 # base, all arms, 5 seeds, on 2 CPU cores
+    python benchmarks/evidence --task recall --arms "PTE, delta" --seeds 3    # one cell again
+    python benchmarks/evidence --task recall --arms "PTE, delta" --steps 2000   # a table of its own
+    python benchmarks/evidence --task recall --quick --output outputs/evidence   # minutes, to see that it runs
+    python benchmarks/evidence --report                      # tables and figures from the committed results
+
+A small Llama is trained with a full cache until it solves the task at every distance, and frozen. Every arm then gets
+the same data in the same order and the same number of steps. Rows go to `<output>/<task>.csv` as runs end: runs that
+are there already are not repeated unless they are asked for by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from arms import ARMS
+from report import report
+from tasks import TASKS
+from training import Settings, run_arm, train_base
+
+QUICK = dict(steps=20, base_steps=30, distances=(0, 24), num_evaluated=32)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows at once and under another name first, so that an interrupted run leaves the last table."""
+    rows = sorted(rows, key=lambda row: (list(ARMS).index(row["arm"]), int(row["seed"])))
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+def run(options: argparse.Namespace) -> None:
+    settings = Settings(task=options.task)
+    name = options.task
+    if options.quick:
+        settings = replace(settings, **QUICK)
+    if options.steps:
+        settings, name = replace(settings, steps=options.steps), f"{name}, {options.steps} steps"
+    options.output.mkdir(parents=True, exist_ok=True)
+    path, base = options.output / f"{name}.csv", options.base / options.task
+    named = options.arms is not None
+    wanted = [(arm, seed) for seed in options.seeds for arm in options.arms or ARMS if ARMS[arm].is_trained or not seed]
+    rows: list[dict[str, Any]] = read(path)
+    if named:
+        rows = [row for row in rows if (row["arm"], int(row["seed"])) not in wanted]
+    done = {(row["arm"], int(row["seed"])) for row in rows}
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        if not (base / "config.json").exists():
+            pool.submit(train_base, settings, base).result()
+        jobs = [pool.submit(run_arm, *run, settings, base) for run in wanted if run not in done]
+        for job in as_completed(jobs):
+            new = job.result()
+            rows += new
+            write(path, rows)
+            scores = " ".join(f"{row['accuracy']:.2f}" for row in new if not row["control"])
+            print(f"{new[0]['arm']:<36} seed {new[0]['seed']}  {scores}  {new[0]['seconds']} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these again, though they are there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, help="of the arms' training, if others than usual")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--report", action="store_true", help="only tables and figures of the results in --output")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder")
+    parser.add_argument("--base", type=Path, default=Path("outputs/evidence-base"), help="folder of trained bases")
+    options = parser.parse_args()
+    if bool(options.task) == options.report:
+        parser.error("either --task or --report")
+    if options.task:
+        run(options)
+    report(options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What is compared: the frozen base, LoRA and PTE in several forms, and controls that take the states away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+
+from peft_pte import PTEConfig
+from peft_pte.encoder import ThoughtEncoder
+
+EVICTION_RATIO = 0.5  # half the window at once: fewer segments than with the default, and so faster on a CPU
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to adapt the base.
+
+    `adapter`: `"none"`, `"lora"` or `"pte"`. `windowed`: under the bounded cache, which PTE always is.
+    `settings`: of `PTEConfig`. `rank`: another rank than the common one.
+    """
+
+    adapter: str
+    windowed: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+    rank: int | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        return self.adapter != "none"
+
+
+ARMS: dict[str, Arm] = {
+    "base, full cache": Arm("none", windowed=False),
+    "base, windowed": Arm("none", windowed=True),
+    "LoRA, full cache": Arm("lora", windowed=False),
+    "LoRA, windowed": Arm("lora", windowed=True),
+    # As many trained parameters as PTE with rank 16 has, at the sizes of training.py.
+    "LoRA, windowed, parameters of PTE": Arm("lora", windowed=True, rank=25),
+    "Global-only": Arm("pte", windowed=True, settings=dict(state_update="none")),
+    "PTE, no global tokens": Arm("pte", windowed=True, settings=dict(num_global_tokens=0)),
+    "PTE, paper (sum, norm on write)": Arm("pte", windowed=True, settings=dict(state_update="sum", state_norm="write")),
+    "PTE, sum, norm on read": Arm("pte", windowed=True, settings=dict(state_update="sum", state_norm="read")),
+    "PTE, delta, norm on read": Arm("pte", windowed=True, settings=dict(state_update="delta", state_norm="read")),
+    "PTE, delta": Arm("pte", windowed=True, settings=dict(state_update="delta", state_norm="none")),
+}
+
+
+def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int) -> torch.nn.Module:
+    """Attach the adapter of an arm; every arm has the same scaling (1)."""
+    rank = arm.rank or rank
+    if arm.adapter == "lora":
+        base = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS), base)
+    if not arm.windowed:
+        return base
+    if arm.adapter == "pte":
+        shared = dict(r=rank, pte_alpha=rank, num_global_tokens=rank // 2)
+        return with_window(base, window_size, **(shared | arm.settings))
+    # The bounded cache alone: a PTE adapter that is switched to nothing (A = 0, frozen).
+    model = with_window(base, window_size, r=1, num_global_tokens=1, state_update="none")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def with_window(base: torch.nn.Module, window_size: int, **settings: Any) -> PeftModel:
+    return get_peft_model(
+        base, PTEConfig(task_type="CAUSAL_LM", window_size=window_size, eviction_ratio=0.5, **settings)
+    )
+
+
+@contextmanager
+def states_swapped() -> Iterator[None]:
+    """Every row gets the state of its neighbour in the batch: chance, if the state carries what is asked for."""
+    read_all = ThoughtEncoder.read_all
+
+    def swapped(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: state.roll(1, 0) for name, state in read_all(self, cores).items()}
+
+    with patch.object(ThoughtEncoder, "read_all", swapped):
+        yield
+
+
+@contextmanager
+def states_zeroed() -> Iterator[None]:
+    """Every state is what it was before the first eviction."""
+    read_all = ThoughtEncoder.read_all
+
+    def zeroed(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return read_all(self, {name: self.start(name, core.shape[0]) for name, core in cores.items()})
+
+    with patch.object(ThoughtEncoder, "read_all", zeroed):
+        yield
+
+
+CONTROLS = {"states swapped": states_swapped, "states zeroed": states_zeroed}

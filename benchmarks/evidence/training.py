@@ -1,0 +1,148 @@
+"""Training of the base and of the arms, and their evaluation by distance past the window; one process a run."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tasks import TASKS, Stream, Task
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from arms import ARMS, CONTROLS, adapt
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all arms of a table share."""
+
+    task: str
+    window_size: int = 16
+    rank: int = 16
+    steps: int = 600
+    batch_size: int = 32
+    learning_rate: float = 5e-3
+    trained_distance: int = 48  # streams have 0 to this many tokens of filler in training
+    distances: tuple[int, ...] = (0, 12, 24, 48, 96, 192)  # in the evaluation
+    num_evaluated: int = 512
+    base_steps: int = 6000  # at most
+
+
+def loss_and_hits(
+    model: torch.nn.Module, stream: Stream, prompt_length: int, windowed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy of the answers; NLL and correctness of each scored token, [N, scored]."""
+    border = dict(prompt_lengths=prompt_length) if windowed else {}
+    logits = model(input_ids=stream.input_ids, use_cache=False, **border).logits[:, :-1]
+    nll = F.cross_entropy(logits.transpose(1, 2), stream.input_ids[:, 1:], reduction="none")
+    right = logits.argmax(-1) == stream.input_ids[:, 1:]
+    answers, scored = stream.answers[:, 1:], stream.scored[:, 1:]
+    size = len(scored)
+    return nll[answers].mean(), nll[scored].view(size, -1), right[scored].view(size, -1)
+
+
+def new_base(task: Task) -> torch.nn.Module:
+    config = LlamaConfig(
+        vocab_size=task.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.05,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)
+    return model
+
+
+def train_base(settings: Settings, folder: Path) -> None:
+    """Train a small Llama with a full cache until it answers over all distances, and save it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    task, generator = TASKS[settings.task], torch.Generator().manual_seed(0)
+    model = new_base(task).train()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95))
+    longest, tail, average, farthest = 4, 200, 3.0, max(settings.distances)
+    for step in range(settings.base_steps):
+        if not tail:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * tail / 200
+        distance = int(torch.randint(longest + 1, (), generator=generator))
+        stream = task.sample(32, distance, generator)
+        loss, _, _ = loss_and_hits(model, stream, task.prompt_length, windowed=False)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average += 0.05 * (loss.item() - average)
+        if average < 0.2:  # the filler grows while the loss is small, then the rate goes to zero
+            if longest < farthest:
+                longest = min(farthest, longest + 1 + longest // 16)
+            else:
+                tail -= 1
+        if step % 200 == 0:
+            print(f"base for {settings.task}: step {step}, loss {average:.3f}, filler up to {longest}", flush=True)
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, settings: Settings, windowed: bool, control: str = ""
+) -> list[dict[str, float | int | str]]:
+    """Accuracy and NLL of the scored tokens at each distance, on streams that no training has seen."""
+    task, rows = TASKS[settings.task], []
+    model.eval()
+    for distance in settings.distances:
+        generator = torch.Generator().manual_seed(1_000_000 + distance)  # training counts its seeds from 0
+        stream = task.sample(settings.num_evaluated, distance, generator)
+        with CONTROLS[control]() if control else nullcontext():
+            _, nll, hits = loss_and_hits(model, stream, task.prompt_length, windowed)
+        values = dict(accuracy=round(hits.float().mean().item(), 4), nll=round(nll.mean().item(), 4))
+        rows.append(dict(control=control, distance=distance, **values))
+    return rows
+
+
+def run_arm(name: str, seed: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
+    """Train one arm and evaluate it: a row for each distance and control."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    arm, task, start = ARMS[name], TASKS[settings.task], time.time()
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").requires_grad_(False)
+    model = adapt(base, arm, settings.rank, settings.window_size).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    generator, loss = torch.Generator().manual_seed(seed), torch.tensor(float("nan"))
+    if arm.is_trained:
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+        for step in range(settings.steps):
+            decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1, (step + 1) / 20) * decay
+            distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
+            stream = task.sample(settings.batch_size, distance, generator)  # the same data for every arm
+            loss, _, _ = loss_and_hits(model, stream, task.prompt_length, arm.windowed)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+    about = dict(
+        arm=name,
+        seed=seed,
+        parameters=sum(p.numel() for p in parameters),
+        train_loss=round(loss.item(), 4),
+        seconds=round(time.time() - start),
+    )
+    controls = ["", *CONTROLS] if arm.adapter == "pte" and arm.settings.get("state_update") != "none" else [""]
+    rows = [row for control in controls for row in evaluate(model, settings, arm.windowed, control)]
+    shared = {key: value for key, value in asdict(settings).items() if key not in ("distances", "num_evaluated")}
+    return [about | row | shared for row in rows]

@@ -1,0 +1,87 @@
+"""The evidence benchmark runs, keeps what it has, and its numbers mean what they say."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+
+import report
+from arms import ARMS, adapt, states_swapped, states_zeroed
+
+ROOT = Path(__file__).parents[1]
+QUICK_ARMS = ["base, full cache", "base, windowed", "LoRA, windowed", "PTE, delta"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, ROOT / "benchmarks" / "evidence", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_quick_run_report_and_repetition(tmp_path: Path) -> None:
+    """All rows, a table and a figure; a second run of one cell replaces its rows with the same numbers."""
+    folders = ["--output", tmp_path / "results", "--base", tmp_path / "base", "--quick", "--task", "recall"]
+    done = run(*folders, "--seeds", 0, 1, "--arms", *QUICK_ARMS)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "results" / "recall.csv"
+    rows = list(csv.DictReader(path.open()))
+    assert len(rows) == 2 * (1 + 1 + 2 + 2 * 3)  # distances; the base once, PTE also with its controls
+    assert "void" in done.stdout and "PTE, delta, states swapped" in done.stdout
+    assert path.with_suffix(".png").stat().st_size > 1000 and (path.parent / "README.md").exists()
+    again = run(*folders, "--seeds", 1, "--arms", "PTE, delta")
+    assert again.returncode == 0, again.stderr
+
+    def numbers(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
+        return sorted(tuple(v for k, v in row.items() if k != "seconds") for row in rows)
+
+    assert numbers(rows) == numbers(list(csv.DictReader(path.open())))
+
+
+def test_controls_change_what_the_state_says() -> None:
+    """Swapped: a row's logits after the first eviction depend on its neighbour's. Zeroed: on no evicted thought."""
+    model = adapt(tiny_model("llama", torch.float32), ARMS["PTE, delta"], rank=8, window_size=4)
+    for name, parameter in model.named_parameters():
+        if "pte_A" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 61, (2, 13), generator=generator)
+    changed = ids.clone()
+    changed[0, 3:5] = torch.tensor([5, 6])  # thoughts that have left when the last token comes
+
+    def last(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, prompt_lengths=2, use_cache=False).logits[:, -1]
+
+    plain = last(ids) - last(changed)
+    with states_swapped():
+        swapped = last(ids) - last(changed)
+    with states_zeroed():
+        zeroed = last(ids) - last(changed)
+    assert plain[0].abs().max() > 1e-4 and plain[1].abs().max() < 1e-6
+    assert swapped[1].abs().max() > 1e-4
+    assert zeroed[1].abs().max() < 1e-6 and zeroed[0].abs().max() < plain[0].abs().max()
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.is_trained])
+def test_arms_train_what_they_should(arm: str) -> None:
+    model = adapt(tiny_model("llama", torch.float32).requires_grad_(False), ARMS[arm], rank=8, window_size=4)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(("lora_" if "LoRA" in arm else "pte_") in name for name in trained)
+    assert any("pte_" in name for name, _ in model.named_parameters()) == ARMS[arm].windowed
+
+
+def test_bootstrap() -> None:
+    values = {seed: float(value) for seed, value in enumerate(torch.linspace(0, 1, 5))}
+    assert report.mean_and_interval({0: 0.5}) == "0.50"
+    assert report.mean_and_interval({seed: 0.25 for seed in range(5)}) == "0.25 [0.25, 0.25]"
+    low, high = report.interval(torch.tensor(list(values.values()), dtype=torch.float64))
+    assert 0.1 < low < 0.3 and 0.7 < high < 0.9
+    assert report.difference(values, values) == "0.00 [0.00, 0.00]"
+    assert report.difference({0: 1.0}, values).startswith("0.50 ")
