@@ -11,11 +11,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-import peft_pte_kernels
-
 from .config import CachePolicy
-from .encoder import ENCODER_NAME, Evicted, ThoughtEncoder, read_layers, write_layers
-from .families import attention_modules
+from .encoder import Evicted, ThoughtEncoder
+from .eviction import evict_at_once
 from .fast_decode import Replays
 from .rotary import KeyPositions
 from .schedule import Schedule, stored_columns
@@ -288,7 +286,7 @@ class PTECache(DynamicCache):
             valid = None if mask is None else mask[:, column : column + n].bool()
             valid = None if valid is None or bool(valid.all()) else valid
             positions = KeyPositions(decoder.rotary_emb, self.positions.take(start, n)[:, 0, :, 0])
-            if not self._evict_at_once(decoder, start, n, positions, valid):
+            if not evict_at_once(self, decoder, start, n, positions, valid):
                 for layer in self.layers:
                     gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
                     layer.evicted = Evicted(*gone, positions, valid)
@@ -314,75 +312,6 @@ class PTECache(DynamicCache):
             layer.evicted = Evicted(*gone, positions, valid)
         self.lead = [length - drop for length in lead]
         self.evicted = [evicted + n * is_full for evicted, is_full in zip(self.evicted, full)]
-
-    def _evict_at_once(
-        self, decoder: nn.Module, start: int, count: int, positions: KeyPositions, valid: torch.Tensor | None
-    ) -> bool:
-        """Encode `count` slots from `start` on and close the gap, in a few launches for all layers; False if not done.
-
-        Not with gradients, which need a copy of what leaves, nor with layers on several devices or sharded weights.
-        """
-        slots = [buffer for layer in self.layers for buffer in (layer.key_slots, layer.value_slots)]
-        encoders = [
-            (attention, getattr(attention, ENCODER_NAME))
-            for attention in attention_modules(decoder).values()
-            if hasattr(attention, ENCODER_NAME)
-        ]
-        if torch.is_grad_enabled() or any(buffer.must_copy() for buffer in slots):
-            return False
-        if len({buffer.data.device for buffer in slots}) > 1:
-            return False
-        for name in self.adapters:
-            for attention, encoder in encoders:
-                layer = self.layers[attention.layer_idx]
-                if name in encoder.live_adapters and not (
-                    layer.evicted is None and name in layer.cores and encoder.is_fused(name, layer.key_slots.data)
-                ):
-                    return False
-        for name in self.adapters:
-            live = [(attention, encoder) for attention, encoder in encoders if name in encoder.live_adapters]
-            for uses_rope in (True, False):
-                group = [pair for pair in live if getattr(pair[0], "use_rope", True) == uses_rope]
-                if group:
-                    self._encode_at_once(name, group, start, count, positions, valid)
-        peft_pte_kernels.compact([buffer.data for buffer in slots], start, count, self.stored_length + count)
-        for buffer in slots:
-            buffer.length -= count
-        return True
-
-    def _encode_at_once(
-        self,
-        name: str,
-        group: list[tuple[nn.Module, ThoughtEncoder]],
-        start: int,
-        count: int,
-        positions: KeyPositions,
-        valid: torch.Tensor | None,
-    ) -> None:
-        """Encode and read for layers that share a rule and a rotation."""
-        layers = [self.layers[attention.layer_idx] for attention, _ in group]
-        gone = [
-            Evicted(
-                *(slots.view.narrow(-2, start, count) for slots in (layer.key_slots, layer.value_slots)),
-                positions,
-                valid,
-            )
-            for layer in layers
-        ]
-        rule = group[0][1].pte_rule[name]
-        cores = torch.stack([layer.cores[name] for layer in layers])
-        with group[0][1].full_precision():
-            if rule.update != "none":
-                cores = write_layers(name, cores, group, gone)
-            if rule.norm == "write":
-                states = cores
-            elif rule.update == "none":
-                states = torch.stack([encoder.read(name, core) for (_, encoder), core in zip(group, cores)])
-            else:
-                query, initial = zip(*(encoder.reading(name) for _, encoder in group))
-                states = read_layers(rule, cores, torch.stack(query), torch.stack(initial)[:, None])
-        for layer, core, state in zip(layers, cores, states):
-            layer.cores[name], layer.states[name] = core, state
 
     def compact_mask(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor | None:
         """The caller's mask [B, seen + new_length] without evicted columns: [B, stored + new_length]."""

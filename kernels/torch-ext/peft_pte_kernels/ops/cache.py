@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ..dispatch import launch, register, tile
-from .encode import addresses, layer_pointer
+from .encode import addresses
+from .encode_kernels import layer_pointer
 
 # Slots that move at once.
 BLOCK = 64

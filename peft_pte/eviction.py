@@ -1,0 +1,99 @@
+"""Evictions of all layers at once: thoughts are encoded out of the cache, in a few launches for the whole model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+import peft_pte_kernels
+
+from .encoder import ENCODER_NAME, Evicted, ThoughtEncoder, read_layers, write_layers
+from .families import attention_modules
+from .rotary import KeyPositions
+
+if TYPE_CHECKING:
+    from .cache import PTECache
+
+Encoders = list[tuple[nn.Module, ThoughtEncoder]]  # with their attention modules
+
+
+def evict_at_once(
+    cache: PTECache,
+    decoder: nn.Module,
+    start: int,
+    count: int,
+    positions: KeyPositions,
+    valid: torch.Tensor | None,
+) -> bool:
+    """Encode `count` slots from `start` on in every layer, and close the gap; False if nothing was done.
+
+    Not with gradients, which need a copy of what leaves, nor with layers on several devices or sharded weights: then
+    the layers encode a copy, each in its own forward.
+
+    Args:
+        positions: of what leaves; already taken out of the cache's own. valid: [B, count], False: no token; or None.
+    """
+    slots = [buffer for layer in cache.layers for buffer in (layer.key_slots, layer.value_slots)]
+    if torch.is_grad_enabled() or any(buffer.must_copy() for buffer in slots):
+        return False
+    if len({buffer.data.device for buffer in slots}) > 1:
+        return False
+    encoders: Encoders = [
+        (attention, getattr(attention, ENCODER_NAME))
+        for attention in attention_modules(decoder).values()
+        if hasattr(attention, ENCODER_NAME)
+    ]
+    groups = []
+    for name in cache.adapters:
+        live = [(attention, encoder) for attention, encoder in encoders if name in encoder.live_adapters]
+        for attention, encoder in live:
+            layer = cache.layers[attention.layer_idx]
+            ready = layer.evicted is None and name in layer.cores
+            if not ready or not encoder.is_fused(name, layer.key_slots.data):
+                return False
+        for uses_rope in (True, False):  # SmolLM3 has layers of both kinds
+            group = [pair for pair in live if getattr(pair[0], "use_rope", True) == uses_rope]
+            if group:
+                groups.append((name, group))
+    for name, group in groups:
+        encode_group(cache, name, group, start, count, positions, valid)
+    peft_pte_kernels.compact([buffer.data for buffer in slots], start, count, cache.stored_length + count)
+    for buffer in slots:
+        buffer.length -= count
+    return True
+
+
+def encode_group(
+    cache: PTECache,
+    name: str,
+    group: Encoders,
+    start: int,
+    count: int,
+    positions: KeyPositions,
+    valid: torch.Tensor | None,
+) -> None:
+    """Encode and read for layers that share a rule and a rotation."""
+    layers = [cache.layers[attention.layer_idx] for attention, _ in group]
+    gone = [
+        Evicted(
+            *(slots.view.narrow(-2, start, count) for slots in (layer.key_slots, layer.value_slots)), positions, valid
+        )
+        for layer in layers
+    ]
+    first = group[0][1]
+    rule = first.pte_rule[name]
+    cores = torch.stack([layer.cores[name] for layer in layers])
+    with first.full_precision():
+        if rule.update != "none":
+            cores = write_layers(name, cores, group, gone)
+        if rule.norm == "write":
+            states = cores
+        elif rule.update == "none":
+            states = torch.stack([encoder.read(name, core) for (_, encoder), core in zip(group, cores)])
+        else:
+            query, initial = zip(*(encoder.reading(name) for _, encoder in group))
+            states = read_layers(rule, cores, torch.stack(query), torch.stack(initial)[:, None])
+    for layer, core, state in zip(layers, cores, states):
+        layer.cores[name], layer.states[name] = core, state
