@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     if options.quick:
         settings = replace(settings, **QUICK)
     if options.steps:
-        settings, name = replace(settings, steps=options.steps), f"{name}, {options.steps} steps"
+        settings, name = replace(settings, steps=options.steps), f"{name}_{options.steps}_steps"
     options.output.mkdir(parents=True, exist_ok=True)
     path, base = options.output / f"{name}.csv", options.base / options.task
     named = options.arms is not None

@@ -88,7 +88,7 @@ def plot(path: Path, chance: float) -> None:
 
     scores = read_scores(path)
     distances = sorted({distance for _, _, distance in scores})
-    figure, axis = plt.subplots(figsize=(9, 5))
+    figure, axis = plt.subplots(figsize=(10, 5))
     for arm, color in zip(ARMS, plt.cm.tab20.colors):
         by_distance = [scores.get((arm, "", distance), {}) for distance in distances]
         if not all(by_distance):
@@ -100,7 +100,7 @@ def plot(path: Path, chance: float) -> None:
             axis.fill_between(distances, *zip(*map(interval, values)), color=color, alpha=0.15)
     axis.axhline(chance, color="black", linestyle=":", label="chance")
     axis.set(title=path.stem, xlabel="tokens of filler between thought and question", ylabel="accuracy")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)
@@ -113,8 +113,8 @@ def report(folder: Path) -> None:
 
     parts = ["# Accuracy by distance", "", "Drawn from the CSV files here by `python benchmarks/evidence --report`."]
     for path in sorted(folder.glob("*.csv")):
-        chance = TASKS[path.stem.partition(",")[0]].chance()
-        parts += ["", table(path, chance), "", f"![{path.stem}](<{path.stem}.png>)"]
+        chance = TASKS[path.stem.partition("_")[0]].chance()
+        parts += ["", table(path, chance), "", f"![{path.stem}]({path.stem}.png)"]
         plot(path, chance)
     (folder / "README.md").write_text("\n".join(parts) + "\n")
     print("\n".join(parts))
