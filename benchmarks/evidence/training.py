@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tasks import TASKS, Stream, Task
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from arms import ARMS, CONTROLS, adapt
+from tasks import TASKS, Stream, Task
 
 
 @dataclass(frozen=True)
