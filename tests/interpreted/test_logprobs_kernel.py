@@ -137,7 +137,10 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_registration(dtype: torch.dtype) -> None:
     logits = torch.randn(2, 3, 37).to(dtype).requires_grad_()
-    torch.library.opcheck(logprobs_op, (logits, torch.randint(37, (2, 3)), 0.7))
+    targets = torch.randint(37, (2, 3))
+    torch.library.opcheck(logprobs_op, (logits, targets, 0.7))
+    grad, normalizer = torch.randn(2, 3), torch.zeros(2, 3)
+    torch.library.opcheck(logprobs.logprobs_backward_op, (grad, logits.detach(), targets, normalizer, 0.7))
 
 
 def test_one_graph() -> None:
