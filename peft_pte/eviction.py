@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import peft_pte_kernels
+from peft_pte_kernels import dispatch
 
 from .encoder import ENCODER_NAME, Evicted, ThoughtEncoder, read_layers, write_layers
 from .families import attention_modules
@@ -38,7 +39,7 @@ def evict_at_once(
     slots = [buffer for layer in cache.layers for buffer in (layer.key_slots, layer.value_slots)]
     if torch.is_grad_enabled() or any(buffer.must_copy() for buffer in slots):
         return False
-    if len({buffer.data.device for buffer in slots}) > 1:
+    if len({buffer.data.device for buffer in slots}) > 1 or not dispatch.uses_triton(slots[0].data):
         return False
     encoders: Encoders = [
         (attention, getattr(attention, ENCODER_NAME))

@@ -165,8 +165,12 @@ class Linear(nn.Module, PTELayer):
                 "A PTE projection was called outside of its attention module, so there is no thought state to use. "
                 "Call the model, or disable the adapter with `with model.disable_adapter():`."
             )
-        if not args and not kwargs and self._is_fused(x, live):
-            return self._fused_forward(x, call)
+        if not args and not kwargs:
+            result = call.take(self, x)
+            if result is not None:
+                return result
+            if self._is_fused(x, live):
+                return self._fused_forward(x, live, call)
         result = self.base_layer(x, *args, **kwargs)
         for name in live:
             A, B = self.pte_A[name], self.pte_B[name]
@@ -183,14 +187,12 @@ class Linear(nn.Module, PTELayer):
     def _drops(self, live: list[str]) -> bool:
         return self.training and any(isinstance(self.pte_dropout[name], nn.Dropout) for name in live)
 
-    def _fused_forward(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    def _fused_forward(self, x: torch.Tensor, live: list[str], call: AttentionCall) -> torch.Tensor:
         """As `forward`, by kernels that serve this projection and its siblings together."""
-        result = call.take(self, x)
-        if result is not None:
-            return result
-        live = self.live_adapters
         group = call.group(self)
-        if any(p.live_adapters != live or p._drops(live) or not p._is_fused(x, live) for p in group):
+        if self._drops(live) or any(
+            p.live_adapters != live or p._drops(live) or not p._is_fused(x, live) for p in group[1:]
+        ):
             group = [self]  # with dropout every projection sees an input of its own
         results = [p.base_layer(x) for p in group]
         autocast = torch.is_autocast_enabled(x.device.type)

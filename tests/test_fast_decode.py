@@ -8,6 +8,7 @@ decided, and a value that is read back to the host is an error. On a machine wit
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -516,8 +517,7 @@ def test_dropout(replaying, config: dict) -> None:
 def test_other_attention_is_refused(replaying, monkeypatch) -> None:
     """Softcapping, sinks and the like arrive as arguments that are not known."""
     model = with_adapter(tiny_model("qwen2"), window_size=8)
-    attend = fast_decode.attend
-    capped = lambda *args, **kwargs: attend(*args, **kwargs, softcap=30.0)  # noqa: E731
+    capped = functools.partial(fast_decode.attend, softcap=30.0)
     monkeypatch.setitem(fast_decode.AttentionInterface._global_mapping, fast_decode.ATTENTION, capped)
     assert "attention takes `softcap`" in warned(replaying, model)
 
