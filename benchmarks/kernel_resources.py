@@ -99,10 +99,11 @@ def encode_cases(encode: Any) -> Iterator[Case]:
 
 def state_cases(state: Any) -> Iterator[Case]:
     for rank, norm, transposed in [
-        *((64, norm, False) for norm in ("none", "row", "frobenius")),
+        *((64, norm, False) for norm in ("none", "bound", "row", "frobenius")),
         *((rank, "row", True) for rank in (8, 64)),
         (16, "none", False),
         (32, "frobenius", True),
+        *((rank, "bound", True) for rank in (16, 32, 64)),
     ]:
 
         def run(rank=rank, norm=norm, transposed=transposed):

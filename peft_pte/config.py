@@ -56,11 +56,14 @@ class PTEConfig(PeftConfig):
             How evicted keys and values enter the state. `"sum"` is the paper's rule (Eq. 3 and 4); `"delta"` corrects
             what is stored under a key instead of adding to it, and goes beyond the paper; `"none"` never writes, so
             that only the global tokens act (an ablation).
-        state_norm (`"read"`, `"write"`, `"none"` or `None`):
+        state_norm (`"bound"`, `"read"`, `"write"`, `"none"` or `None`):
             When the state is normalised. `"write"`: after every write (Eq. 4 to the letter; sum only). `"read"`: the
-            raw sum is kept and normalised when it is used. `None` takes `"none"` for delta and `"read"` otherwise.
+            raw sum is kept and normalised when it is used. `"bound"`: what was written is kept raw and its rows are
+            bounded when it is used: `q / sqrt(1 + |q|^2 / 4)`, so short rows stay as they are, and no row gets longer
+            than 2. `"none"`: never; keys and values that depend on the state are written into it, and over long
+            thinking it may grow without limit. `None` takes `"bound"` for delta and `"read"` otherwise.
         state_norm_type (`"row"` or `"frobenius"`):
-            Rows of unit L2 norm, or unit root-mean-square row norm over the whole matrix.
+            For `"read"` and `"write"`: rows of unit L2 norm, or unit root-mean-square row norm over the whole matrix.
         encode_keys (`"pre_rope"`, `"chunk"` or `"post_rope"`):
             Keys are encoded with their rotary position taken out, relative to the first token of the evicted chunk, or
             as they are in the cache.
@@ -122,8 +125,8 @@ class PTEConfig(PeftConfig):
     state_update: Literal["delta", "sum", "none"] = field(
         default="delta", metadata={"help": "How evicted thoughts enter the state; 'sum' is the paper's rule."}
     )
-    state_norm: Optional[Literal["read", "write", "none"]] = field(
-        default=None, metadata={"help": "When the state is normalised. Default: 'none' for delta, else 'read'."}
+    state_norm: Optional[Literal["bound", "read", "write", "none"]] = field(
+        default=None, metadata={"help": "When the state is normalised. Default: 'bound' for delta, else 'read'."}
     )
     state_norm_type: Literal["row", "frobenius"] = field(
         default="row", metadata={"help": "Unit rows, or the whole matrix scaled to unit root-mean-square row norm."}
@@ -167,7 +170,7 @@ class PTEConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         if self.state_norm is None:
-            self.state_norm = "none" if self.state_update == "delta" else "read"
+            self.state_norm = "bound" if self.state_update == "delta" else "read"
         self._validate()
 
     @classmethod
@@ -210,7 +213,7 @@ class PTEConfig(PeftConfig):
 
         choices = {
             "state_update": ("delta", "sum", "none"),
-            "state_norm": ("read", "write", "none"),
+            "state_norm": ("bound", "read", "write", "none"),
             "state_norm_type": ("row", "frobenius"),
             "encode_keys": ("pre_rope", "chunk", "post_rope"),
             "gradient": ("full", "truncated"),
@@ -239,7 +242,9 @@ class PTEConfig(PeftConfig):
                 "that needs retained_prefix='prompt': with a prompt that streams through the window, give an integer.",
             )
         if self.state_norm == "write" and self.state_update != "sum":
-            refuse("state_norm", "only state_update='sum' is normalised on write; use 'read' or 'none'.")
+            refuse("state_norm", "only state_update='sum' is normalised on write; use 'bound', 'read' or 'none'.")
+        if self.state_norm == "bound" and self.state_update == "none":
+            refuse("state_norm", "with state_update='none' nothing is written that could be bounded: 'read' or 'none'.")
         if self.state_update == "none" and self.num_global_tokens == 0:
             refuse("num_global_tokens", "with state_update='none' the state would always be zero: use 1 or more.")
         for name in ("init_weights", "offload"):

@@ -224,7 +224,7 @@ def read_layers(rule: StateRule, cores: torch.Tensor, query: torch.Tensor, initi
     Q^T B x as the query and gets values, which is what the rule stores them for. The paper's order, which the sum
     keeps, asks values for keys.
     """
-    norm = rule.norm_type if rule.norm == "read" else "none"
+    norm = rule.norm_type if rule.norm == "read" else rule.norm
     return peft_pte_kernels.read_state(cores, query, initial, rule.update == "delta", norm)
 
 

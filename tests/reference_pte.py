@@ -114,12 +114,17 @@ def normalize_frobenius(matrix: Tensor) -> Tensor:
     return matrix * math.sqrt(matrix.shape[0]) / torch.linalg.vector_norm(matrix).clamp_min(TINY)
 
 
+def bound_rows(matrix: Tensor) -> Tensor:
+    """Every row times 1 / sqrt(1 + |row|^2 / 4)."""
+    return torch.stack([row / torch.sqrt(1 + row @ row / 4) for row in matrix])
+
+
 class ThoughtState:
     """The state S [r, r] of one layer and one sequence."""
 
     def __init__(self, encoder: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         self.update, self.norm = config["state_update"], config["state_norm"]
-        if self.update not in ("sum", "delta", "none") or self.norm not in ("read", "write", "none"):
+        if self.update not in ("sum", "delta", "none") or self.norm not in ("bound", "read", "write", "none"):
             raise ValueError(f"unknown state_update {self.update!r} or state_norm {self.norm!r}")
         if self.update == "delta" and self.norm == "write":
             raise ValueError("the delta rule is normalised on read or not at all")
@@ -151,13 +156,16 @@ class ThoughtState:
     def read(self) -> Tensor:
         """S as the projections use it."""
         if self.update == "delta":
-            # The rule bounds M by itself, given unit rows of Q and S_0; so these have unit rows always. Transposed, S
-            # answers B x, seen as a query through Q^T, with the values that were stored under keys.
-            state = normalize_rows(self.initial) + (normalize_rows(self.query) @ self.core).T
+            # Q and S_0 have unit rows always. Transposed, S answers B x, seen as a query through Q^T, with the values
+            # that were stored under keys.
+            initial, added = normalize_rows(self.initial), (normalize_rows(self.query) @ self.core).T
         elif self.norm == "write":
             return self.written
         else:
-            state = self.initial + self.query @ self.core  # with state_update="none" M stays zero
+            initial, added = self.initial, self.query @ self.core  # with state_update="none" M stays zero
+        if self.norm == "bound":
+            return initial + bound_rows(added)
+        state = initial + added
         return self.normalize(state) if self.norm == "read" else state
 
 

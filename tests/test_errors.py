@@ -34,10 +34,16 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], str]] = [
         "through the window, give an integer.",
     ),
     (dict(state_update="mean"), "PTEConfig: `state_update` is 'mean', but must be one of 'delta', 'sum', 'none'."),
-    (dict(state_norm="l2"), "PTEConfig: `state_norm` is 'l2', but must be one of 'read', 'write', 'none'."),
+    (dict(state_norm="l2"), "PTEConfig: `state_norm` is 'l2', but must be one of 'bound', 'read', 'write', 'none'."),
     (
         dict(state_norm="write"),
-        "PTEConfig: `state_norm` is 'write', but only state_update='sum' is normalised on write; use 'read' or 'none'.",
+        "PTEConfig: `state_norm` is 'write', but only state_update='sum' is normalised on write; use 'bound', 'read' or "
+        "'none'.",
+    ),
+    (
+        dict(state_norm="bound", state_update="none"),
+        "PTEConfig: `state_norm` is 'bound', but with state_update='none' nothing is written that could be bounded: "
+        "'read' or 'none'.",
     ),
     (dict(state_norm_type="max"), "PTEConfig: `state_norm_type` is 'max', but must be one of 'row', 'frobenius'."),
     (
@@ -76,7 +82,7 @@ def test_paper_settings() -> None:
     assert (config.r, config.num_global_tokens, config.window_size, config.eviction_ratio) == (32, 32, "prompt", 0.25)
     assert (config.state_update, config.state_norm, config.retained_prefix) == ("sum", "write", "prompt")
     assert PTEConfig.paper(window_size=768).window_size == 768
-    assert (PTEConfig().state_update, PTEConfig().state_norm) == ("delta", "none")
+    assert (PTEConfig().state_update, PTEConfig().state_norm) == ("delta", "bound")
     assert PTEConfig(state_update="sum").state_norm == "read"
 
 

@@ -27,8 +27,8 @@ class Settings:
     steps: int = 600
     batch_size: int = 32
     learning_rate: float = 5e-3
-    trained_distance: int = 48  # streams have 0 to this many tokens of filler in training
-    distances: tuple[int, ...] = (0, 12, 24, 48, 96, 192)  # in the evaluation
+    trained_distance: int = 64  # streams have 0 to this many tokens of filler in training
+    distances: tuple[int, ...] = (0, 16, 32, 64, 128, 256)  # in the evaluation
     num_evaluated: int = 512
     base_steps: int = 6000  # at most
 
@@ -51,9 +51,9 @@ def new_base(task: Task) -> torch.nn.Module:
         vocab_size=task.vocab_size,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_hidden_layers=task.base_layers,
+        num_attention_heads=task.base_heads,
+        num_key_value_heads=task.base_heads,
         initializer_range=0.05,
         max_position_embeddings=4096,
         pad_token_id=0,
@@ -66,28 +66,35 @@ def new_base(task: Task) -> torch.nn.Module:
 
 
 def train_base(settings: Settings, folder: Path) -> None:
-    """Train a small Llama with a full cache until it answers over all distances, and save it."""
+    """Train a small Llama with a full cache until it answers over all distances, and save it.
+
+    While the loss is small, it gets one hop more, up to the task's own number, then longer filler up to the farthest
+    evaluated, then a learning rate that goes to zero.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     task, generator = TASKS[settings.task], torch.Generator().manual_seed(0)
     model = new_base(task).train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95))
     longest, tail, average, farthest = 4, 200, 3.0, max(settings.distances)
+    hops, most_hops = 1, task.difficulty.get("hops", 1)
     for step in range(settings.base_steps):
         if not tail:
             break
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * tail / 200
         distance = int(torch.randint(longest + 1, (), generator=generator))
-        stream = task.sample(32, distance, generator)
+        stream = task.sample(32, distance, generator, **(dict(hops=hops) if most_hops > 1 else {}))
         loss, _, _ = loss_and_hits(model, stream, task.prompt_length, windowed=False)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average += 0.05 * (loss.item() - average)
-        if average < 0.2:  # the filler grows while the loss is small, then the rate goes to zero
-            if longest < farthest:
+        if average < (0.2 if hops < most_hops else task.solved_loss):
+            if hops < most_hops:
+                hops, average = hops + 1, 3.0
+            elif longest < farthest:
                 longest = min(farthest, longest + 1 + longest // 16)
             else:
                 tail -= 1

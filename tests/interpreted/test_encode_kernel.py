@@ -137,7 +137,7 @@ def test_read_state(data: st.DataObject) -> None:
         (num_layers, r, r),
         (num_layers, data.draw(st.sampled_from([1, num_rows])), r, r),
     )
-    options = data.draw(st.booleans()), data.draw(st.sampled_from(["none", "row", "frobenius"]))
+    options = data.draw(st.booleans()), data.draw(st.sampled_from(["none", "bound", "row", "frobenius"]))
     compare(
         lambda *tensors: [peft_pte_kernels.read_state(*tensors, *options)],
         lambda *tensors: [reference.read_state(*tensors, *options)],

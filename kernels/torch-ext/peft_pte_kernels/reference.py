@@ -14,6 +14,9 @@ import torch.nn.functional as F
 
 # The delta rule is solved in blocks of this many tokens: quadratic inside a block, linear across blocks.
 DELTA_BLOCK = 64
+# Rows of what was written stay shorter than this with the norm "bound". Rows have norms of 1 to 1.5 while a few facts
+# are stored (values of about unit norm under orthogonal keys), so that it acts where more than that comes together.
+ROW_BOUND = 2.0
 
 
 class Rotation(NamedTuple):
@@ -49,6 +52,11 @@ def normalize_state(state: torch.Tensor, norm_type: str) -> torch.Tensor:
         return unit_rows(state)
     norm = torch.linalg.matrix_norm(state, keepdim=True).clamp(min=1e-12)
     return state * (state.shape[-1] ** 0.5 / norm)
+
+
+def bound_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows x to x / sqrt(1 + |x|^2 / ROW_BOUND^2): short ones as they are, long ones shorter than ROW_BOUND."""
+    return x * (1 + x.square().sum(-1, keepdim=True) / ROW_BOUND**2).rsqrt()
 
 
 def sum_update(
@@ -117,14 +125,19 @@ def encode(
 def read_state(
     cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor, transposed: bool, norm: str
 ) -> torch.Tensor:
-    """The states that projections use: normalize(S_0 + Q M), or S_0 + (Q M)^T if `transposed`.
+    """The states that projections use: normalize(S_0 + Q M), or with (Q M)^T if `transposed`.
+
+    With the norm `"bound"`, the rows of what is added to S_0 are bounded, and S_0 stays as it is.
 
     Args:
         cores: M, [L, B, r, r]. query: Q, [L, r, r]. initial: S_0, [L, 1 or B, r, r].
-        norm: `"none"`, `"row"` or `"frobenius"`.
+        norm: `"none"`, `"bound"`, `"row"` or `"frobenius"`.
     """
     added = query[:, None] @ cores
-    states = initial + (added.mT if transposed else added)
+    added = added.mT if transposed else added
+    if norm == "bound":
+        return initial + bound_rows(added)
+    states = initial + added
     return states if norm == "none" else normalize_state(states, norm)
 
 

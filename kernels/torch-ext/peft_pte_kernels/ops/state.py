@@ -1,4 +1,5 @@
-"""Reading the state: S = normalize(S_0 + Q M), for all layers and rows in one launch, and its gradient."""
+"""Reading the state: S = normalize(S_0 + Q M), or S = S_0 + bound(Q M), for all layers and rows in one launch, and its
+gradient."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import triton
 import triton.language as tl
 
 from ..dispatch import launch, limits, precision, register, tile
+from ..reference import ROW_BOUND
 
-NORMS = {"none": 0, "row": 1, "frobenius": 2}
+NORMS = {"none": 0, "row": 1, "frobenius": 2, "bound": 3}
+BOUND_SQUARED = tl.constexpr(ROW_BOUND**2)
 
 
 @triton.jit
@@ -48,6 +51,8 @@ def state_scale(state, NORM: tl.constexpr, R: tl.constexpr):
     squares = tl.sum(state * state, 1)
     if NORM == 1:
         return (1.0 / tl.maximum(tl.sqrt(squares), 1e-12))[:, None]
+    elif NORM == 3:
+        return (1.0 / tl.sqrt(1.0 + squares / BOUND_SQUARED))[:, None]
     else:
         return tl.sqrt(R * 1.0) / tl.maximum(tl.sqrt(tl.sum(squares, 0)), 1e-12)
 
@@ -64,8 +69,10 @@ def read_kernel(
     square, mask = r[:, None] * R + r[None, :], (r < R)[:, None] & (r < R)[None, :]
     query, core = query_ptr + layer * R * R, core_ptr + layer_row * R * R
     state = added_state(query, core, R, BR, TRANSPOSED, PRECISION)
+    if NORM == 3:
+        state = state * state_scale(state, NORM, R)
     state += tl.load(initial_ptr + layer * stride_initial_l + row * stride_initial_b + square, mask=mask, other=0.0)
-    if NORM > 0:
+    if NORM == 1 or NORM == 2:
         state = state * state_scale(state, NORM, R)
     tl.store(state_ptr + layer_row * R * R + square, state, mask=mask)
 
@@ -73,7 +80,7 @@ def read_kernel(
 @triton.jit
 def read_backward_kernel(
     grad_ptr, core_ptr, query_ptr, initial_ptr,
-    core_grad_ptr, query_grad_ptr, initial_grad_ptr,  # all [L, B, R, R]: parts of each row
+    core_grad_ptr, query_grad_ptr, added_grad_ptr,  # all [L, B, R, R]: parts of each row; the gradient of Q M
     B, stride_initial_l, stride_initial_b,
     R: tl.constexpr, BR: tl.constexpr, TRANSPOSED: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -85,14 +92,18 @@ def read_backward_kernel(
     grad = tl.load(grad_ptr + layer_row * R * R + square, mask=mask, other=0.0)
     if NORM > 0:
         state = added_state(query, core, R, BR, TRANSPOSED, PRECISION)
-        state += tl.load(initial_ptr + layer * stride_initial_l + row * stride_initial_b + square, mask=mask, other=0.0)
+        if NORM < 3:
+            at = layer * stride_initial_l + row * stride_initial_b + square
+            state += tl.load(initial_ptr + at, mask=mask, other=0.0)
         scale = state_scale(state, NORM, R)
         state = state * scale
         along = tl.sum(state * grad, 1)[:, None]
         if NORM == 2:
             along = tl.sum(along, 0)[None, :] / R
+        if NORM == 3:
+            along = along / BOUND_SQUARED
         grad = (grad - state * along) * scale
-    added_grad = initial_grad_ptr + layer_row * R * R
+    added_grad = added_grad_ptr + layer_row * R * R
     tl.store(added_grad + square, grad, mask=mask)
     tl.debug_barrier()  # the products below read what other threads have written
     if TRANSPOSED:
@@ -135,15 +146,16 @@ def read_states_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of cores, query and initial."""
     grad, cores, query, initial = (x.contiguous() for x in (grad, cores, query, initial))
-    core_grad, query_grad, initial_grad = (torch.empty_like(cores) for _ in range(3))
+    core_grad, query_grad, added_grad = (torch.empty_like(cores) for _ in range(3))
     launch(
         read_backward_kernel,
         (cores.shape[0] * cores.shape[1],),
-        *(grad, cores, query, initial, core_grad, query_grad, initial_grad, cores.shape[1], *strides(initial)),
+        *(grad, cores, query, initial, core_grad, query_grad, added_grad, cores.shape[1], *strides(initial)),
         **options(cores, transposed, norm),
     )
-    if initial.shape[1] == 1:
-        initial_grad = initial_grad.sum(1, keepdim=True)
+    # S_0 + bound(Q M) passes the gradient on to S_0 as it is; a result may not be the argument itself.
+    initial_grad = grad if norm == "bound" else added_grad
+    initial_grad = initial_grad.sum(1, keepdim=True) if initial.shape[1] == 1 else initial_grad.clone()
     return core_grad, query_grad.sum(1), initial_grad
 
 
