@@ -212,7 +212,8 @@ def kernel_checks(device: str, dtype: torch.dtype) -> Iterator[KernelCheck]:
             [*keys_values, *weights, cores],
             floor=0.1,
         )
-    for rank, norm, transposed in ((32, "none", False), (32, "bound", True), (64, "row", True), (16, "frobenius", False)):
+    norms = ((32, "none", False), (32, "bound", True), (64, "row", True), (16, "frobenius", False))
+    for rank, norm, transposed in norms:
         if dtype != single:  # states are float32 in every model
             break
         tensors = [normal(layers, rows, rank, rank, dtype=single), normal(layers, rank, rank, dtype=single)]

@@ -37,8 +37,8 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], str]] = [
     (dict(state_norm="l2"), "PTEConfig: `state_norm` is 'l2', but must be one of 'bound', 'read', 'write', 'none'."),
     (
         dict(state_norm="write"),
-        "PTEConfig: `state_norm` is 'write', but only state_update='sum' is normalised on write; use 'bound', 'read' or "
-        "'none'.",
+        "PTEConfig: `state_norm` is 'write', but only state_update='sum' is normalised on write; use 'bound', 'read' "
+        "or 'none'.",
     ),
     (
         dict(state_norm="bound", state_update="none"),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ import report
 from arms import ARMS, adapt, states_swapped, states_zeroed
 
 ROOT = Path(__file__).parents[1]
-QUICK_ARMS = ["base, full cache", "base, windowed", "LoRA, windowed", "PTE, delta"]
+QUICK_ARMS = ["base, full cache", "base, windowed", "LoRA, windowed", "PTE"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -32,10 +35,11 @@ def test_quick_run_report_and_repetition(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     path = tmp_path / "results" / "recall.csv"
     rows = list(csv.DictReader(path.open()))
-    assert len(rows) == 2 * (1 + 1 + 2 + 2 * 3)  # distances; the base once, PTE also with its controls
-    assert "void" in done.stdout and "PTE, delta, states swapped" in done.stdout
+    # Three distances, the base once; on the way two distances at five steps; PTE also with two controls at two.
+    assert len(rows) == 2 * 3 + 2 * (2 * (3 + 5 * 2) + 2 * 2)
+    assert "void" in done.stdout and "PTE, states swapped" in done.stdout
     assert path.with_suffix(".png").stat().st_size > 1000 and (path.parent / "README.md").exists()
-    again = run(*folders, "--seeds", 1, "--arms", "PTE, delta")
+    again = run(*folders, "--seeds", 1, "--arms", "PTE")
     assert again.returncode == 0, again.stderr
 
     def numbers(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
@@ -46,7 +50,7 @@ def test_quick_run_report_and_repetition(tmp_path: Path) -> None:
 
 def test_controls_change_what_the_state_says() -> None:
     """Swapped: a row's logits after the first eviction depend on its neighbour's. Zeroed: on no evicted thought."""
-    model = adapt(tiny_model("llama", torch.float32), ARMS["PTE, delta"], rank=8, window_size=4)
+    model = adapt(tiny_model("llama", torch.float32), ARMS["PTE"], rank=8, window_size=4)
     for name, parameter in model.named_parameters():
         if "pte_A" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -71,10 +75,48 @@ def test_controls_change_what_the_state_says() -> None:
 
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.is_trained])
 def test_arms_train_what_they_should(arm: str) -> None:
-    model = adapt(tiny_model("llama", torch.float32).requires_grad_(False), ARMS[arm], rank=8, window_size=4)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with ARMS[arm].variant():
+        model = adapt(tiny_model("llama", torch.float32).requires_grad_(False), ARMS[arm], rank=8, window_size=4)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
+        border = dict(prompt_lengths=2) if ARMS[arm].windowed else {}
+        model(input_ids=ids, labels=ids, use_cache=False, **border).loss.backward()
+    assert ("pte_gate" in str(trained)) == ("gate" in arm)
     assert trained and all(("lora_" if "LoRA" in arm else "pte_") in name for name in trained)
     assert any("pte_" in name for name, _ in model.named_parameters()) == ARMS[arm].windowed
+
+
+@pytest.mark.parametrize("bias, same_as", [(60.0, nullcontext), (-60.0, states_zeroed)])
+def test_a_gate_that_is_open_or_shut(bias: float, same_as: Callable[[], AbstractContextManager[None]]) -> None:
+    """Open: the delta rule of the package. Shut: nothing is written."""
+    ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
+
+    def logits(arm: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = adapt(tiny_model("llama", torch.float32), ARMS[arm], rank=8, window_size=4)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in sorted(model.named_parameters()):
+            if "pte_gate" in name and "bias" in name:
+                torch.nn.init.constant_(parameter, bias)
+            elif "pte_" in name and "pte_gate" not in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        with torch.no_grad():
+            return model(input_ids=ids, prompt_lengths=2, use_cache=False).logits
+
+    with ARMS["PTE, learned gate"].variant():
+        gated = logits("PTE, learned gate")
+    with same_as():
+        torch.testing.assert_close(gated, logits("PTE"), rtol=1e-4, atol=1e-5)
+
+
+def test_tables_come_from_the_committed_results(tmp_path: Path) -> None:
+    """The README of the results says what the CSV files say."""
+    committed = ROOT / "benchmarks" / "evidence" / "results"
+    for path in committed.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    report.report(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (committed / "README.md").read_text()
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in committed.glob("*.png")}
 
 
 def test_bootstrap() -> None:

@@ -227,6 +227,30 @@ def test_state_norms_are_for_looking(model, batch) -> None:
     assert norms.shape == (2, 2) and bool((norms > 0).all())
 
 
+def test_the_state_stays_bounded(batch) -> None:
+    """Values that depend on the state are written into it: without a bound this feedback can run away."""
+
+    def longest_row(state_norm: str) -> float:
+        torch.manual_seed(0)
+        model = with_adapter(
+            tiny_model("llama"), window_size=4, r=8, num_global_tokens=0, pte_alpha=8, state_norm=state_norm
+        )
+        model.eval()
+        for name, parameter in model.named_parameters():
+            if "pte_A" in name:
+                torch.nn.init.normal_(parameter, std=1.0 if "v_proj" in name else 0.0)
+            if "pte_value" in name:
+                parameter.data.mul_(3.0)
+        cache = PTECache()
+        with torch.no_grad():
+            for _ in range(60):
+                model(input_ids=torch.randint(3, 61, (2, 16)), past_key_values=cache, use_cache=True)
+        return cache.state_norms()["default"].max().item() / 8**0.5
+
+    assert not longest_row("none") < 100.0  # inf and nan too
+    assert longest_row("bound") <= 2.0
+
+
 def test_off_is_off(batch) -> None:
     """With the adapter off `generate` is the base model's, with its ordinary cache."""
     base = tiny_model("qwen2")

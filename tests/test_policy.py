@@ -48,7 +48,9 @@ class Case:
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
     update = draw(st.sampled_from(["sum", "delta", "none"]))
-    norms = {"sum": ["read", "write", "bound", "none"], "delta": ["bound", "none", "read"], "none": ["read", "none"]}[update]
+    norms = {"sum": ["read", "write", "bound", "none"], "delta": ["bound", "none", "read"], "none": ["read", "none"]}[
+        update
+    ]
     prefix = draw(st.one_of(st.just("prompt"), st.integers(0, 5)))
     windows = st.integers(1, 9)
     norm = draw(st.sampled_from(norms))

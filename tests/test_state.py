@@ -12,7 +12,16 @@ from peft import get_peft_model
 from peft_pte import PTEConfig
 from peft_pte.families import attention_modules
 from peft_pte.rotary import KeyPositions
-from peft_pte_kernels.reference import DELTA_BLOCK, delta_update, normalize_state, sum_update, unit_rows
+from peft_pte_kernels.reference import (
+    DELTA_BLOCK,
+    ROW_BOUND,
+    bound_rows,
+    delta_update,
+    normalize_state,
+    read_state,
+    sum_update,
+    unit_rows,
+)
 
 
 def delta_loop(core: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -87,6 +96,31 @@ def test_norms() -> None:
     torch.testing.assert_close(unit_rows(frobenius), unit_rows(state))
     assert not normalize_state(torch.zeros(1, 3, 3), "row").any()
     assert not normalize_state(torch.zeros(1, 3, 3), "frobenius").any()
+
+
+@given(seed=st.integers(0, 10_000), scale=st.floats(1e-8, 1e8), rows=st.integers(1, 5), width=st.integers(1, 40))
+def test_bounded_rows(seed: int, scale: float, rows: int, width: int) -> None:
+    """Directions stay, no row reaches the bound, longer rows stay longer, and short ones are as they were."""
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    y = bound_rows(x)
+    before, after = x.norm(dim=-1), y.norm(dim=-1)
+    assert bool((after <= ROW_BOUND * (1 + 1e-12)).all()) and bool((after <= before).all())
+    torch.testing.assert_close(unit_rows(y), unit_rows(x), rtol=1e-9, atol=1e-9)
+    assert torch.equal(before.argsort(), after.argsort()) or scale > 1e6  # equal in floating point far beyond it
+    short = before < 1e-3
+    torch.testing.assert_close(y[short], x[short], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_bound_leaves_the_initial_state_alone(transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cores, query, initial = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 3, 4, 4), (2, 4, 4), (2, 1, 4, 4))
+    )
+    assert torch.equal(read_state(cores * 0, query, 10 * initial, transposed, "bound"), (10 * initial).expand_as(cores))
+    states = read_state(1e6 * cores, query, 10 * initial, transposed, "bound")
+    assert (states - 10 * initial).norm(dim=-1).max() <= ROW_BOUND
 
 
 # --------------------------------------------------------------------------------------------------- rotary positions

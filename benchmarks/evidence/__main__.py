@@ -1,8 +1,9 @@
 """Does the state carry thoughts, how far, and which rule does it best?
 
     python benchmarks/evidence --task recall                 # base, all arms, 5 seeds, on 2 CPU cores
-    python benchmarks/evidence --task recall --arms "PTE, delta" --seeds 3    # one cell again
-    python benchmarks/evidence --task recall --arms "PTE, delta" --steps 2000   # a table of its own
+    python benchmarks/evidence --task recall --arms PTE --seeds 3       # one cell again
+    python benchmarks/evidence --task recall --design                   # what differs from the default in one choice
+    python benchmarks/evidence --task recall --steps 1500               # a table of its own
     python benchmarks/evidence --task recall --quick --output outputs/evidence   # minutes, to see that it runs
     python benchmarks/evidence --report                      # tables and figures from the committed results
 
@@ -21,12 +22,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS
+from arms import ARMS, DESIGN_ARMS, MAIN_ARMS
 from report import report
 from tasks import TASKS
 from training import Settings, run_arm, train_base
 
-QUICK = dict(steps=20, base_steps=30, distances=(0, 24), num_evaluated=32)
+QUICK = dict(steps=20, base_steps=30, trained_distance=24, distances=(0, 24, 48), num_evaluated=32)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -45,8 +46,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    settings = Settings(task=options.task)
-    name = options.task
+    difficulty = tuple((key, int(value)) for key, _, value in (item.partition("=") for item in options.difficulty))
+    settings = Settings(task=options.task, difficulty=difficulty)
+    name = "_".join([options.task, *(f"{value}_{key}" for key, value in difficulty)])
     if options.quick:
         settings = replace(settings, **QUICK)
     if options.steps:
@@ -54,7 +56,8 @@ def run(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path, base = options.output / f"{name}.csv", options.base / options.task
     named = options.arms is not None
-    wanted = [(arm, seed) for seed in options.seeds for arm in options.arms or ARMS if ARMS[arm].is_trained or not seed]
+    arms = options.arms or (DESIGN_ARMS if options.design else MAIN_ARMS)
+    wanted = [(arm, seed) for seed in options.seeds for arm in arms if ARMS[arm].is_trained or not seed]
     rows: list[dict[str, Any]] = read(path)
     if named:
         rows = [row for row in rows if (row["arm"], int(row["seed"])) not in wanted]
@@ -67,7 +70,8 @@ def run(options: argparse.Namespace) -> None:
             new = job.result()
             rows += new
             write(path, rows)
-            scores = " ".join(f"{row['accuracy']:.2f}" for row in new if not row["control"])
+            last = [row for row in new if row["step"] == settings.steps and not row["control"]]
+            scores = " ".join(f"{row['accuracy']:.2f}" for row in last)
             print(f"{new[0]['arm']:<36} seed {new[0]['seed']}  {scores}  {new[0]['seconds']} s", flush=True)
 
 
@@ -75,6 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these again, though they are there")
+    parser.add_argument("--design", action="store_true", help="the arms that differ from the default in one choice")
+    parser.add_argument("--difficulty", nargs="+", default=[], help="other than the task's own, as pairs=12")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of the arms' training, if others than usual")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from peft_pte import PTEConfig
 from peft_pte.encoder import ThoughtEncoder
+from variants import with_gate, with_transposed_read
 
 EVICTION_RATIO = 0.5  # half the window at once: fewer segments than with the default, and so faster on a CPU
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -23,33 +24,57 @@ class Arm:
     """One way to adapt the base.
 
     `adapter`: `"none"`, `"lora"` or `"pte"`. `windowed`: under the bounded cache, which PTE always is.
-    `settings`: of `PTEConfig`. `rank`: another rank than the common one.
+    `settings`: of `PTEConfig`. `rank`: another rank than the common one. `variant`: a change of the method that the
+    package does not have, in force while the arm is trained and evaluated.
     """
 
     adapter: str
     windowed: bool
     settings: dict[str, Any] = field(default_factory=dict)
     rank: int | None = None
+    variant: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def is_trained(self) -> bool:
         return self.adapter != "none"
 
 
-ARMS: dict[str, Arm] = {
+def pte(**settings: Any) -> Arm:
+    return Arm("pte", windowed=True, settings=settings)
+
+
+MAIN_ARMS: dict[str, Arm] = {
     "base, full cache": Arm("none", windowed=False),
     "base, windowed": Arm("none", windowed=True),
     "LoRA, full cache": Arm("lora", windowed=False),
     "LoRA, windowed": Arm("lora", windowed=True),
     # As many trained parameters as PTE with rank 16 has, at the sizes of training.py.
     "LoRA, windowed, parameters of PTE": Arm("lora", windowed=True, rank=25),
-    "Global-only": Arm("pte", windowed=True, settings=dict(state_update="none")),
-    "PTE, no global tokens": Arm("pte", windowed=True, settings=dict(num_global_tokens=0)),
-    "PTE, paper (sum, norm on write)": Arm("pte", windowed=True, settings=dict(state_update="sum", state_norm="write")),
-    "PTE, sum, norm on read": Arm("pte", windowed=True, settings=dict(state_update="sum", state_norm="read")),
-    "PTE, delta, norm on read": Arm("pte", windowed=True, settings=dict(state_update="delta", state_norm="read")),
-    "PTE, delta": Arm("pte", windowed=True, settings=dict(state_update="delta", state_norm="none")),
+    "Global-only": pte(state_update="none"),
+    "PTE, paper (sum, norm on write)": pte(state_update="sum", state_norm="write"),
+    "PTE, sum, norm on read": pte(state_update="sum", state_norm="read"),
+    "PTE, delta, norm on read": pte(state_update="delta", state_norm="read"),
+    "PTE, delta, no norm": pte(state_update="delta", state_norm="none"),
+    "PTE, no global tokens": pte(num_global_tokens=0),
+    "PTE": pte(),
 }
+# One choice changed at a time, from the default.
+DESIGN_ARMS: dict[str, Arm] = {
+    "PTE, sum, bounded": pte(state_update="sum", state_norm="bound"),
+    "PTE, sum, bounded, transposed read": replace(
+        pte(state_update="sum", state_norm="bound"), variant=with_transposed_read
+    ),
+    "PTE, keys relative to the chunk": pte(encode_keys="chunk"),
+    "PTE, keys after RoPE": pte(encode_keys="post_rope"),
+    "PTE, truncated gradient": pte(gradient="truncated"),
+    "PTE, q and o": pte(target_modules=["q_proj", "o_proj"]),
+    "PTE, v and o": pte(target_modules=["v_proj", "o_proj"]),
+    "PTE, scaling 1/4": pte(pte_alpha=4),
+    "PTE, scaling 4": pte(pte_alpha=64),
+    "PTE, rank 32": Arm("pte", windowed=True, rank=32),
+    "PTE, learned gate": replace(pte(), variant=with_gate),
+}
+ARMS = MAIN_ARMS | DESIGN_ARMS
 
 
 def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int) -> torch.nn.Module:
@@ -71,7 +96,8 @@ def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int) -> torch
 
 def with_window(base: torch.nn.Module, window_size: int, **settings: Any) -> PeftModel:
     return get_peft_model(
-        base, PTEConfig(task_type="CAUSAL_LM", window_size=window_size, eviction_ratio=0.5, **settings)
+        base,
+        PTEConfig(task_type="CAUSAL_LM", window_size=window_size, eviction_ratio=EVICTION_RATIO, **settings),
     )
 
 

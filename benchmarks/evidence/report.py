@@ -5,23 +5,59 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from arms import ARMS
+from tasks import TASKS
 
-REFERENCE = "PTE, delta"  # what the other arms are compared with, seed by seed
+REFERENCE = "PTE"  # the default, which the other arms are compared with, seed by seed
 GATE = 0.95
 RESAMPLES = 10_000
 
-Scores = dict[tuple[str, str, int], dict[int, float]]  # (arm, control, distance) -> accuracy by seed
+BySeed = dict[int, float]
 
 
-def read_scores(path: Path) -> Scores:
-    scores: Scores = defaultdict(dict)
-    for row in csv.DictReader(path.open()):
-        scores[row["arm"], row["control"], int(row["distance"])][int(row["seed"])] = float(row["accuracy"])
-    return scores
+class Results:
+    """One CSV file: values by seed of any arm, control, distance and step of training."""
+
+    def __init__(self, path: Path):
+        self.name, self.task = path.stem, TASKS[path.stem.split("_")[0]]
+        self.rows = list(csv.DictReader(path.open()))
+        given = dict(item.split("=") for item in self.rows[0]["difficulty"].split())
+        self.difficulty = {key: int(value) for key, value in given.items()}
+        self.chance = self.task.chance(**self.difficulty)
+        self.steps = max(int(row["step"]) for row in self.rows)
+        self.trained_distance = int(self.rows[0]["trained_distance"])
+        self.distances = sorted({int(row["distance"]) for row in self.rows})
+        self.values: dict[tuple[str, str, str, int, int], BySeed] = defaultdict(dict)
+        for row in self.rows:
+            for quantity in ("accuracy", "nll"):
+                key = quantity, row["arm"], row["control"], int(row["distance"]), int(row["step"])
+                self.values[key][int(row["seed"])] = float(row[quantity])
+
+    def get(
+        self, arm: str, distance: int, control: str = "", step: int | None = None, quantity: str = "accuracy"
+    ) -> BySeed:
+        """Values by seed; empty if the arm was not run."""
+        return self.values.get((quantity, arm, control, distance, self.steps if step is None else step), {})
+
+    def arms(self) -> list[str]:
+        return [arm for arm in ARMS if self.get(arm, self.distances[-1])]
+
+    def evictions(self, distance: int) -> int:
+        """Until the first question is answered."""
+        return next(int(row["evictions"]) for row in self.rows if int(row["distance"]) == distance)
+
+    def times_smaller(self, distance: int, rank: int) -> float:
+        """Full cache over bounded cache with state, in bytes, at the end of a stream.
+
+        The bounded one has room for the prompt and the whole window. A token is 2 * 64 numbers a layer, a state rank^2.
+        """
+        stream = self.task.sample(1, distance, torch.Generator(), **self.difficulty)
+        room = self.task.prompt_length + int(self.rows[0]["window_size"])
+        return (stream.input_ids.shape[1] - 1) / (room + rank**2 / 128)
 
 
 def interval(values: torch.Tensor) -> tuple[float, float]:
@@ -32,7 +68,7 @@ def interval(values: torch.Tensor) -> tuple[float, float]:
     return low, high
 
 
-def mean_and_interval(by_seed: dict[int, float]) -> str:
+def mean_and_interval(by_seed: BySeed) -> str:
     values = torch.tensor([by_seed[seed] for seed in sorted(by_seed)], dtype=torch.float64)
     if len(values) == 1:
         return f"{values.item():.2f}"
@@ -40,81 +76,137 @@ def mean_and_interval(by_seed: dict[int, float]) -> str:
     return f"{values.mean().item():.2f} [{low:.2f}, {high:.2f}]"
 
 
-def difference(by_seed: dict[int, float], reference: dict[int, float]) -> str:
+def difference(by_seed: BySeed, reference: BySeed) -> str:
     """Mean of the difference to the reference, over the seeds that both have; an arm without seeds counts for all."""
     if set(by_seed) == {0}:
         by_seed = {seed: by_seed[0] for seed in reference}
     return mean_and_interval({seed: by_seed[seed] - reference[seed] for seed in set(by_seed) & set(reference)})
 
 
-def verdict(scores: Scores, distances: list[int], chance: float) -> str:
+def verdict(results: Results) -> str:
     """Whether the table means anything: the base must solve the task, and not under the window."""
-    if not {("base, full cache", "", 0), ("base, windowed", "", 0)} <= scores.keys():
+    full = [results.get("base, full cache", distance) for distance in results.distances]
+    far = results.get("base, windowed", results.distances[-1])
+    if not all(full) or not far:
         return "Gate: see the table with the base."
-    full = min(scores["base, full cache", "", distance][0] for distance in distances)
-    far = scores["base, windowed", "", distances[-1]][0]
-    valid = full >= GATE and far <= 2 * chance + 0.05
+    lowest = min(by_seed[0] for by_seed in full)
+    valid = lowest >= GATE and far[0] <= 2 * results.chance + 0.05
     return (
-        f"Gate: base with full cache at least {full:.2f} (>= {GATE} wanted), windowed and farthest {far:.2f} "
-        f"(chance {chance:.2f}): {'passed' if valid else '**void**'}."
+        f"Gate: base with full cache at least {lowest:.2f} (>= {GATE} wanted), windowed and farthest {far[0]:.2f} "
+        f"(a uniform guess: {results.chance:.2f}): {'passed' if valid else '**void**'}."
     )
 
 
-def table(path: Path, chance: float) -> str:
-    """Markdown: accuracy by distance, and the difference to the reference at the farthest."""
-    scores = read_scores(path)
-    distances = sorted({distance for _, _, distance in scores})
-    seeds = sorted({seed for by_seed in scores.values() for seed in by_seed})
-    lines = [f"## {path.stem}", "", verdict(scores, distances, chance), f"Seeds: {', '.join(map(str, seeds))}.", ""]
-    lines.append("| | " + " | ".join(map(str, distances)) + f" | minus {REFERENCE} at {distances[-1]} |")
-    lines.append("|---" * (len(distances) + 2) + "|")
-    for control in dict.fromkeys(control for _, control, _ in scores):
-        for arm in ARMS:
-            cells = [scores.get((arm, control, distance), {}) for distance in distances]
-            if not all(cells):
+def table(results: Results, quantity: str) -> list[str]:
+    """Markdown: accuracy or NLL by distance, and for accuracy the difference to the reference at the farthest."""
+    distances, is_accuracy = results.distances, quantity == "accuracy"
+    heads = [f"{distance} ({results.evictions(distance)})" for distance in distances]
+    heads += [f"minus {REFERENCE} at {distances[-1]}"] if is_accuracy else []
+    lines = [f"| {quantity} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    reference = results.get(REFERENCE, distances[-1])
+    for control in dict.fromkeys(row["control"] for row in results.rows):
+        for arm in results.arms():
+            cells = [results.get(arm, distance, control, quantity=quantity) for distance in distances]
+            if not cells[-1] or control and not is_accuracy:
                 continue
-            reference = scores.get((REFERENCE, "", distances[-1]), {})
-            versus = difference(cells[-1], reference) if reference and (arm, control) != (REFERENCE, "") else ""
-            name = f"{arm}, {control}" if control else arm
-            lines.append("| " + " | ".join([name, *map(mean_and_interval, cells), versus]) + " |")
-    return "\n".join(lines)
+            words = [f"{arm}, {control}" if control else arm, *(mean_and_interval(x) if x else "" for x in cells)]
+            if is_accuracy:
+                is_reference = (arm, control) == (REFERENCE, "")
+                words.append(difference(cells[-1], reference) if reference and not is_reference else "")
+            lines.append("| " + " | ".join(words) + " |")
+    return lines
 
 
-def plot(path: Path, chance: float) -> None:
+def claims(results: Results) -> list[str]:
+    """What the default is worth: against the full cache, against arms that keep nothing, and with distance."""
+    trained, far = results.trained_distance, results.distances[-1]
+    lines = [f"| {REFERENCE} | at {trained}, the longest trained | at {far} |", "|---|---|---|"]
+    for other in ("LoRA, full cache", "LoRA, windowed", "Global-only"):
+        cells = [
+            difference(results.get(REFERENCE, d), results.get(other, d))
+            for d in (trained, far)
+            if results.get(REFERENCE, d) and results.get(other, d)
+        ]
+        if len(cells) == 2:
+            lines.append(f"| minus {other} | {cells[0]} | {cells[1]} |")
+    near, away = results.get(REFERENCE, trained), results.get(REFERENCE, far)
+    if near and len(lines) > 2:
+        lines.append(f"| minus itself at {trained} | | {difference(away, near)} |")
+        rank = int(results.rows[0]["rank"])
+        smaller = [f"{results.times_smaller(distance, rank):.1f} times smaller" for distance in (trained, far)]
+        lines.append(f"| cache with state, in bytes | {' | '.join(smaller)} |")
+    return lines if len(lines) > 2 else []
+
+
+def curve(axis: Any, results: Results) -> None:
+    """Accuracy at the longest trained and at the farthest distance while an arm is trained."""
+    steps = sorted({int(row["step"]) for row in results.rows})
+    for arm, color in zip(ARMS, colors()):
+        for distance, line in ((results.trained_distance, "-"), (results.distances[-1], ":")):
+            seen = [step for step in steps if results.get(arm, distance, step=step)]
+            means = [mean(results.get(arm, distance, step=step)) for step in seen]
+            if len(seen) > 1:
+                axis.plot(seen, means, line, color=color, marker=".")
+    axis.set(xlabel=f"steps of training (solid: {results.trained_distance} tokens, dotted: {results.distances[-1]})")
+
+
+def mean(by_seed: BySeed) -> float:
+    return sum(by_seed.values()) / len(by_seed)
+
+
+def colors() -> list[Any]:
+    import matplotlib.pyplot as plt
+
+    return [*plt.cm.tab20.colors, *plt.cm.tab20b.colors]
+
+
+def plot(results: Results, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    scores = read_scores(path)
-    distances = sorted({distance for _, _, distance in scores})
-    figure, axis = plt.subplots(figsize=(10, 5))
-    for arm, color in zip(ARMS, plt.cm.tab20.colors):
-        by_distance = [scores.get((arm, "", distance), {}) for distance in distances]
-        if not all(by_distance):
-            continue
-        values = [torch.tensor(list(by_seed.values()), dtype=torch.float64) for by_seed in by_distance]
-        means = [x.mean().item() for x in values]
-        axis.plot(distances, means, marker="o", label=arm, color=color)
-        if len(values[0]) > 1:
-            axis.fill_between(distances, *zip(*map(interval, values)), color=color, alpha=0.15)
-    axis.axhline(chance, color="black", linestyle=":", label="chance")
-    axis.set(title=path.stem, xlabel="tokens of filler between thought and question", ylabel="accuracy")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5))
+    for axis, quantity in zip(axes, ("accuracy", "nll")):
+        for arm, color in zip(ARMS, colors()):
+            by_distance = [results.get(arm, distance, quantity=quantity) for distance in results.distances]
+            if not all(by_distance):
+                continue
+            values = [torch.tensor(list(by_seed.values()), dtype=torch.float64) for by_seed in by_distance]
+            axis.plot(results.distances, [x.mean().item() for x in values], marker="o", label=arm, color=color)
+            if len(values[0]) > 1:
+                axis.fill_between(results.distances, *zip(*map(interval, values)), color=color, alpha=0.15)
+        axis.set(xlabel="tokens of filler (evictions) between thought and question", ylabel=quantity)
+        labels = [f"{distance}\n({results.evictions(distance)})" for distance in results.distances]
+        axis.set_xticks(results.distances, labels, fontsize=8)
+    axes[0].axhline(results.chance, color="black", linestyle=":", label="uniform guess")
+    axes[0].set_title(results.name)
+    curve(axes[2], results)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(0.82, 0.5))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.tight_layout(rect=(0, 0, 0.82, 1))
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def report(folder: Path) -> None:
     """Write `README.md` and a figure for each table in `folder`."""
-    from tasks import TASKS
-
-    parts = ["# Accuracy by distance", "", "Drawn from the CSV files here by `python benchmarks/evidence --report`."]
+    parts = [
+        "# Accuracy and NLL by distance",
+        "",
+        "Drawn from the CSV files here by `python benchmarks/evidence --report`. Columns: tokens of filler between",
+        "the last thought of evidence and the question (evictions until then). Brackets: 95 % bootstrap interval of",
+        "the mean over seeds.",
+    ]
     for path in sorted(folder.glob("*.csv")):
-        chance = TASKS[path.stem.partition("_")[0]].chance()
-        parts += ["", table(path, chance), "", f"![{path.stem}]({path.stem}.png)"]
-        plot(path, chance)
+        results = Results(path)
+        seeds = sorted({int(row["seed"]) for row in results.rows})
+        parts += ["", f"## {results.name}", "", verdict(results)]
+        parts += [f"Steps: {results.steps}. Seeds: {', '.join(map(str, seeds))}.", ""]
+        for lines in (table(results, "accuracy"), claims(results), table(results, "nll")):
+            parts += [*lines, ""] if lines else []
+        parts.append(f"![{results.name}]({results.name}.png)")
+        plot(results, path.with_suffix(".png"))
     (folder / "README.md").write_text("\n".join(parts) + "\n")
     print("\n".join(parts))

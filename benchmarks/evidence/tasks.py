@@ -64,8 +64,8 @@ class Task(ABC):
     name: str
     vocab_size: int
     difficulty: dict[str, int]  # defaults of the keyword arguments of `sample` and `chance`
-    # The smallest Llama that was seen to solve it: layers, heads; and the loss at which it counts as solved.
-    base_layers, base_heads, solved_loss = 3, 2, 0.2
+    # The base: a small Llama that was seen to solve the task, and its loss at which the filler gets longer.
+    base_layers, base_heads, solved_loss = 4, 4, 0.2
 
     def sample(self, size: int, distance: int, generator: torch.Generator, **difficulty: int) -> Stream:
         """`size` streams with `distance` tokens of filler between the last token of evidence and the first question."""
@@ -111,6 +111,7 @@ class Recall(Task):
     """
 
     name = "recall"
+    base_layers, base_heads = 3, 2
 
     def __init__(self, keys: int = 16, values: int = 16):
         self.keys, self.values = symbols(keys, values)
@@ -149,7 +150,7 @@ class Variables(Task):
     """
 
     name = "variables"
-    base_layers, base_heads, solved_loss = 4, 4, 0.06
+    solved_loss = 0.06
 
     def __init__(self, names: int = 8, values: int = 16):
         self.names, self.values, self.equals = symbols(names, values, 1)
@@ -272,7 +273,6 @@ class Cycle(Task):
     """
 
     name = "cycle"
-    base_layers, base_heads = 4, 4
 
     def __init__(self, names: int = 16, most_hops: int = 8):
         self.names, self.hops = symbols(names, most_hops)

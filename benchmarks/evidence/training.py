@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from arms import ARMS, CONTROLS, adapt
+from arms import ARMS, CONTROLS, EVICTION_RATIO, adapt
+from peft_pte.schedule import Schedule
 from tasks import TASKS, Stream, Task
 
 
@@ -31,6 +32,17 @@ class Settings:
     distances: tuple[int, ...] = (0, 16, 32, 64, 128, 256)  # in the evaluation
     num_evaluated: int = 512
     base_steps: int = 6000  # at most
+    difficulty: tuple[tuple[str, int], ...] = ()  # where it is not the task's own
+
+    @property
+    def curve_steps(self) -> tuple[int, ...]:
+        """When an arm is evaluated on its way, at two of the distances."""
+        return tuple(self.steps * part // 8 for part in (1, 2, 3, 4, 6))
+
+    @property
+    def two_distances(self) -> Settings:
+        """For what is not evaluated at every distance: the longest trained, and the farthest."""
+        return replace(self, distances=(self.trained_distance, self.distances[-1]))
 
 
 def loss_and_hits(
@@ -103,6 +115,13 @@ def train_base(settings: Settings, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def evictions(stream: Stream, task: Task, settings: Settings) -> int:
+    """Evictions under the window until the first scored token is predicted."""
+    length = int(stream.scored[0].int().argmax())
+    schedule = Schedule.create(settings.window_size, EVICTION_RATIO)
+    return sum(segment.evict for segment in schedule.segments(task.prompt_length, length))
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module, settings: Settings, windowed: bool, control: str = ""
@@ -112,19 +131,26 @@ def evaluate(
     model.eval()
     for distance in settings.distances:
         generator = torch.Generator().manual_seed(1_000_000 + distance)  # training counts its seeds from 0
-        stream = task.sample(settings.num_evaluated, distance, generator)
+        stream = task.sample(settings.num_evaluated, distance, generator, **dict(settings.difficulty))
         with CONTROLS[control]() if control else nullcontext():
             _, nll, hits = loss_and_hits(model, stream, task.prompt_length, windowed)
         values = dict(accuracy=round(hits.float().mean().item(), 4), nll=round(nll.mean().item(), 4))
-        rows.append(dict(control=control, distance=distance, **values))
+        count = evictions(stream, task, settings)
+        rows.append(dict(control=control, distance=distance, evictions=count, **values))
     return rows
 
 
 def run_arm(name: str, seed: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
-    """Train one arm and evaluate it: a row for each distance and control."""
+    """Train one arm and evaluate it: a row for each distance and control, and some on the way there."""
+    with ARMS[name].variant():
+        return train_and_evaluate(name, seed, settings, folder)
+
+
+def train_and_evaluate(name: str, seed: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     arm, task, start = ARMS[name], TASKS[settings.task], time.time()
+    rows: list[dict[str, Any]] = []
     base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").requires_grad_(False)
     model = adapt(base, arm, settings.rank, settings.window_size).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -132,11 +158,16 @@ def run_arm(name: str, seed: int, settings: Settings, folder: Path) -> list[dict
     if arm.is_trained:
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         for step in range(settings.steps):
+            if step in settings.curve_steps:
+                few = replace(settings.two_distances, num_evaluated=settings.num_evaluated // 4)
+                rows += [dict(row, step=step) for row in evaluate(model, few, arm.windowed)]
+                model.train()
             decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * min(1, (step + 1) / 20) * decay
             distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
-            stream = task.sample(settings.batch_size, distance, generator)  # the same data for every arm
+            # The same data for every arm.
+            stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
             loss, _, _ = loss_and_hits(model, stream, task.prompt_length, arm.windowed)
             optimizer.zero_grad()
             loss.backward()
@@ -147,9 +178,18 @@ def run_arm(name: str, seed: int, settings: Settings, folder: Path) -> list[dict
         seed=seed,
         parameters=sum(p.numel() for p in parameters),
         train_loss=round(loss.item(), 4),
-        seconds=round(time.time() - start),
     )
-    controls = ["", *CONTROLS] if arm.adapter == "pte" and arm.settings.get("state_update") != "none" else [""]
-    rows = [row for control in controls for row in evaluate(model, settings, arm.windowed, control)]
-    shared = {key: value for key, value in asdict(settings).items() if key not in ("distances", "num_evaluated")}
-    return [about | row | shared for row in rows]
+    last = evaluate(model, settings, arm.windowed)
+    if arm.adapter == "pte" and arm.settings.get("state_update") != "none":
+        for control in CONTROLS:
+            last += evaluate(model, settings.two_distances, arm.windowed, control)
+    rows += [dict(row, step=settings.steps) for row in last]
+    about["seconds"] = round(time.time() - start)
+    return [about | row | asdict_of_training(settings) for row in rows]
+
+
+def asdict_of_training(settings: Settings) -> dict[str, Any]:
+    """The settings that a row of results tells."""
+    left_out = ("distances", "num_evaluated", "difficulty")
+    told = {key: value for key, value in asdict(settings).items() if key not in left_out}
+    return told | dict(difficulty=" ".join(f"{key}={value}" for key, value in settings.difficulty))

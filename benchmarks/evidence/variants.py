@@ -1,0 +1,62 @@
+"""Changes of the method that were tried and are not in the package, each in force inside a `with` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+import peft_pte.encoder
+from peft_pte import PTEConfig
+from peft_pte.encoder import Evicted, StateRule, ThoughtEncoder
+from peft_pte_kernels.reference import bound_rows, unit_rows
+
+GATE_SCALE = 4.0  # logits move faster than weights do at one learning rate
+
+
+@contextmanager
+def with_gate() -> Iterator[None]:
+    """A learned gate for each token: `M <- M + beta k (v - M^T k)^T`, beta = sigmoid(4 w [k_e, v_e] + 1).
+
+    Computed as the delta rule of sqrt(beta) k and sqrt(beta) v.
+    """
+    update_layer = ThoughtEncoder.update_layer
+
+    def with_gate_parameters(self: ThoughtEncoder, name: str, config: PTEConfig) -> None:
+        self.pte_gate[name] = nn.Linear(2 * self.d_kv, 1)
+        nn.init.normal_(self.pte_gate[name].weight, std=0.1 * (2 * self.d_kv) ** -0.5)
+        nn.init.ones_(self.pte_gate[name].bias)
+        update_layer(self, name, config)
+
+    def write(
+        self: ThoughtEncoder, name: str, core: torch.Tensor, attention: nn.Module, evicted: Evicted
+    ) -> torch.Tensor:
+        keys = evicted.positions.take_out(attention, evicted.keys, self.pte_rule[name].encode_keys)
+        keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, evicted.values))
+        gate = self.pte_gate[name]
+        logit = GATE_SCALE * (torch.cat([keys, values], -1) @ gate.weight[0])[..., None] + gate.bias
+        root = torch.sigmoid(logit).sqrt()
+        k, v = unit_rows(self.pte_key[name](keys)) * root, self.pte_value[name](values) * root
+        if evicted.valid is not None:
+            k, v = (x.masked_fill(~evicted.valid[..., None], 0.0) for x in (k, v))
+        eye = torch.eye(k.shape[1], dtype=k.dtype)
+        u = torch.linalg.solve_triangular((k @ k.mT).tril(-1) + eye, v - k @ core, upper=False)
+        return core + k.mT @ u
+
+    containers = (*ThoughtEncoder.adapter_layer_names, "pte_gate")
+    with patch.multiple(ThoughtEncoder, adapter_layer_names=containers, update_layer=with_gate_parameters, write=write):
+        yield
+
+
+@contextmanager
+def with_transposed_read() -> Iterator[None]:
+    """S = S_0 + bound((Q M)^T) for the sum too: what is looked up are keys, and what comes back are values."""
+
+    def read_layers(rule: StateRule, cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        return initial + bound_rows((query[:, None] @ cores).mT)
+
+    with patch.object(peft_pte.encoder, "read_layers", read_layers):
+        yield
