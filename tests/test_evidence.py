@@ -48,6 +48,15 @@ def test_quick_run_report_and_repetition(tmp_path: Path) -> None:
     assert numbers(rows) == numbers(list(csv.DictReader(path.open())))
 
 
+def test_another_difficulty_has_a_table_of_its_own(tmp_path: Path) -> None:
+    folders = ["--output", tmp_path, "--base", tmp_path / "base", "--quick", "--task", "recall", "--seeds", 0]
+    done = run(*folders, "--arms", "base, full cache", "--difficulty", "pairs=3", "queries=2")
+    assert done.returncode == 0, done.stderr
+    assert report.Results(tmp_path / "recall_3_pairs_2_queries.csv").difficulty == dict(pairs=3, queries=2)
+    assert "recall has no hops" in run(*folders, "--difficulty", "hops=3").stderr
+    assert "invalid item value: 'pairs'" in run(*folders, "--difficulty", "pairs").stderr
+
+
 def test_controls_change_what_the_state_says() -> None:
     """Swapped: a row's logits after the first eviction depend on its neighbour's. Zeroed: on no evicted thought."""
     model = adapt(tiny_model("llama", torch.float32), ARMS["PTE"], rank=8, window_size=4)

@@ -46,7 +46,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    difficulty = tuple((key, int(value)) for key, _, value in (item.partition("=") for item in options.difficulty))
+    difficulty = tuple(options.difficulty)
+    TASKS[options.task].completed(dict(difficulty))  # refuses what the task does not have
     settings = Settings(task=options.task, difficulty=difficulty)
     name = "_".join([options.task, *(f"{value}_{key}" for key, value in difficulty)])
     if options.quick:
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path, base = options.output / f"{name}.csv", options.base / options.task
     named = options.arms is not None
-    arms = options.arms or (DESIGN_ARMS if options.design else MAIN_ARMS)
+    arms = options.arms or (["PTE", *DESIGN_ARMS] if options.design else MAIN_ARMS)
     wanted = [(arm, seed) for seed in options.seeds for arm in arms if ARMS[arm].is_trained or not seed]
     rows: list[dict[str, Any]] = read(path)
     if named:
@@ -75,12 +76,18 @@ def run(options: argparse.Namespace) -> None:
             print(f"{new[0]['arm']:<36} seed {new[0]['seed']}  {scores}  {new[0]['seconds']} s", flush=True)
 
 
+def item(text: str) -> tuple[str, int]:
+    """`pairs=12` as a key and its value."""
+    key, _, value = text.partition("=")
+    return key, int(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these again, though they are there")
     parser.add_argument("--design", action="store_true", help="the arms that differ from the default in one choice")
-    parser.add_argument("--difficulty", nargs="+", default=[], help="other than the task's own, as pairs=12")
+    parser.add_argument("--difficulty", type=item, nargs="+", default=[], help="other than usual: pairs=12")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of the arms' training, if others than usual")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")

@@ -31,6 +31,7 @@ class Results:
         self.steps = max(int(row["step"]) for row in self.rows)
         self.trained_distance = int(self.rows[0]["trained_distance"])
         self.distances = sorted({int(row["distance"]) for row in self.rows})
+        self.seeds = sorted({int(row["seed"]) for row in self.rows})
         self.values: dict[tuple[str, str, str, int, int], BySeed] = defaultdict(dict)
         for row in self.rows:
             for quantity in ("accuracy", "nll"):
@@ -109,7 +110,10 @@ def table(results: Results, quantity: str) -> list[str]:
             cells = [results.get(arm, distance, control, quantity=quantity) for distance in distances]
             if not cells[-1] or control and not is_accuracy:
                 continue
-            words = [f"{arm}, {control}" if control else arm, *(mean_and_interval(x) if x else "" for x in cells)]
+            name = f"{arm}, {control}" if control else arm
+            if ARMS[arm].is_trained and len(cells[-1]) < len(results.seeds):
+                name += f" ({len(cells[-1])} of the seeds)"
+            words = [name, *(mean_and_interval(x) if x else "" for x in cells)]
             if is_accuracy:
                 is_reference = (arm, control) == (REFERENCE, "")
                 words.append(difference(cells[-1], reference) if reference and not is_reference else "")
@@ -117,25 +121,22 @@ def table(results: Results, quantity: str) -> list[str]:
     return lines
 
 
-def claims(results: Results) -> list[str]:
-    """What the default is worth: against the full cache, against arms that keep nothing, and with distance."""
-    trained, far = results.trained_distance, results.distances[-1]
-    lines = [f"| {REFERENCE} | at {trained}, the longest trained | at {far} |", "|---|---|---|"]
+def claims(results: Results, arm: str) -> list[str]:
+    """What an arm is worth: against the full cache, against arms that keep nothing, and with distance."""
+    trained = results.trained_distance
+    distances = [distance for distance in results.distances if distance >= trained]
+    lines = [f"| {arm} | " + " | ".join(map(str, distances)) + " |", "|---" * (len(distances) + 1) + "|"]
     for other in ("LoRA, full cache", "LoRA, windowed", "Global-only"):
-        cells = [
-            difference(results.get(REFERENCE, d), results.get(other, d))
-            for d in (trained, far)
-            if results.get(REFERENCE, d) and results.get(other, d)
-        ]
-        if len(cells) == 2:
-            lines.append(f"| minus {other} | {cells[0]} | {cells[1]} |")
-    near, away = results.get(REFERENCE, trained), results.get(REFERENCE, far)
-    if near and len(lines) > 2:
-        lines.append(f"| minus itself at {trained} | | {difference(away, near)} |")
-        rank = int(results.rows[0]["rank"])
-        smaller = [f"{results.times_smaller(distance, rank):.1f} times smaller" for distance in (trained, far)]
-        lines.append(f"| cache with state, in bytes | {' | '.join(smaller)} |")
-    return lines if len(lines) > 2 else []
+        pairs = [(results.get(arm, distance), results.get(other, distance)) for distance in distances]
+        if all(ours and theirs for ours, theirs in pairs):
+            lines.append(f"| minus {other} | " + " | ".join(difference(*pair) for pair in pairs) + " |")
+    if len(lines) == 2:
+        return []
+    own = [difference(results.get(arm, distance), results.get(arm, trained)) for distance in distances[1:]]
+    lines.append(f"| minus itself at {trained}, the longest trained | | " + " | ".join(own) + " |")
+    rank = ARMS[arm].rank or int(results.rows[0]["rank"])
+    smaller = [f"{results.times_smaller(distance, rank):.1f} times smaller" for distance in distances]
+    return [*lines, f"| cache with state, in bytes | {' | '.join(smaller)} |"]
 
 
 def curve(axis: Any, results: Results) -> None:
@@ -201,10 +202,10 @@ def report(folder: Path) -> None:
     ]
     for path in sorted(folder.glob("*.csv")):
         results = Results(path)
-        seeds = sorted({int(row["seed"]) for row in results.rows})
         parts += ["", f"## {results.name}", "", verdict(results)]
-        parts += [f"Steps: {results.steps}. Seeds: {', '.join(map(str, seeds))}.", ""]
-        for lines in (table(results, "accuracy"), claims(results), table(results, "nll")):
+        parts += [f"Steps: {results.steps}. Seeds: {', '.join(map(str, results.seeds))}.", ""]
+        of_arms = [claims(results, arm) for arm in (REFERENCE, "PTE, rank 32")]
+        for lines in (table(results, "accuracy"), *of_arms, table(results, "nll")):
             parts += [*lines, ""] if lines else []
         parts.append(f"![{results.name}]({results.name}.png)")
         plot(results, path.with_suffix(".png"))
