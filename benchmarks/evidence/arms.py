@@ -78,7 +78,7 @@ ARMS = MAIN_ARMS | DESIGN_ARMS
 
 
 def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int) -> torch.nn.Module:
-    """Attach the adapter of an arm; every arm has the same scaling (1)."""
+    """Attach the adapter of an arm, with scaling 1 unless its settings say otherwise."""
     rank = arm.rank or rank
     if arm.adapter == "lora":
         base = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS), base)

@@ -42,8 +42,8 @@ def with_gate() -> Iterator[None]:
         k, v = unit_rows(self.pte_key[name](keys)) * root, self.pte_value[name](values) * root
         if evicted.valid is not None:
             k, v = (x.masked_fill(~evicted.valid[..., None], 0.0) for x in (k, v))
-        eye = torch.eye(k.shape[1], dtype=k.dtype)
-        u = torch.linalg.solve_triangular((k @ k.mT).tril(-1) + eye, v - k @ core, upper=False)
+        # As `delta_update`, which would make the keys unit vectors again; an eviction here is a single block.
+        u = torch.linalg.solve_triangular(k @ k.mT, v - k @ core, upper=False, unitriangular=True)
         return core + k.mT @ u
 
     containers = (*ThoughtEncoder.adapter_layer_names, "pte_gate")
