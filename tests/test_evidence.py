@@ -17,6 +17,7 @@ from models import tiny_model
 
 import report
 from arms import ARMS, adapt, states_swapped, states_zeroed
+from peft_pte.encoder import ThoughtEncoder
 
 ROOT = Path(__file__).parents[1]
 QUICK_ARMS = ["base, full cache", "base, windowed", "LoRA, windowed", "PTE"]
@@ -116,6 +117,24 @@ def test_a_gate_that_is_open_or_shut(bias: float, same_as: Callable[[], Abstract
         gated = logits("PTE, learned gate")
     with same_as():
         torch.testing.assert_close(gated, logits("PTE"), rtol=1e-4, atol=1e-5)
+
+
+def test_starts_that_are_compared() -> None:
+    """Larger values and an orthogonal query at the start, and nothing else."""
+
+    def encoders(arm: str) -> list[ThoughtEncoder]:
+        torch.manual_seed(0)
+        with ARMS[arm].variant():
+            model = adapt(tiny_model("llama", torch.float32), ARMS[arm], rank=8, window_size=4)
+        return [module for module in model.modules() if isinstance(module, ThoughtEncoder)]
+
+    usual, larger = encoders("PTE"), encoders("PTE, W_V starts 4 times as large")
+    for encoder, other, turned in zip(usual, larger, encoders("PTE, orthogonal query at the start")):
+        torch.testing.assert_close(4 * encoder.pte_value["default"].weight, other.pte_value["default"].weight)
+        assert torch.equal(encoder.pte_key["default"].weight, other.pte_key["default"].weight)
+        query = turned.query("default")
+        torch.testing.assert_close(query @ query.mT, torch.eye(8), rtol=0, atol=1e-4)
+        assert not torch.allclose(query, torch.eye(8))
 
 
 def test_tables_come_from_the_committed_results(tmp_path: Path) -> None:

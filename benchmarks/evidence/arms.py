@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from peft_pte import PTEConfig
 from peft_pte.encoder import ThoughtEncoder
-from variants import with_gate, with_transposed_read
+from variants import with_gate, with_orthogonal_query, with_transposed_read, with_values_scaled
 
 EVICTION_RATIO = 0.5  # half the window at once: fewer segments than with the default, and so faster on a CPU
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -71,6 +72,10 @@ DESIGN_ARMS: dict[str, Arm] = {
     "PTE, v and o": pte(target_modules=["v_proj", "o_proj"]),
     "PTE, scaling 1/4": pte(pte_alpha=4),
     "PTE, scaling 4": pte(pte_alpha=64),
+    "PTE, W_V starts 1/4 as large": replace(pte(), variant=partial(with_values_scaled, 0.25)),
+    "PTE, W_V starts 4 times as large": replace(pte(), variant=partial(with_values_scaled, 4.0)),
+    "PTE, orthogonal query at the start": replace(pte(), variant=with_orthogonal_query),
+    "PTE, rank 8": Arm("pte", windowed=True, rank=8),
     "PTE, rank 32": Arm("pte", windowed=True, rank=32),
     "PTE, learned gate": replace(pte(), variant=with_gate),
 }

@@ -60,3 +60,32 @@ def with_transposed_read() -> Iterator[None]:
 
     with patch.object(peft_pte.encoder, "read_layers", read_layers):
         yield
+
+
+@contextmanager
+def with_values_scaled(factor: float) -> Iterator[None]:
+    """W_V starts `factor` times as large: with unit keys and a unit query it alone sets how large states start."""
+    update_layer = ThoughtEncoder.update_layer
+
+    def scaled(self: ThoughtEncoder, name: str, config: PTEConfig) -> None:
+        update_layer(self, name, config)
+        self.pte_value[name].weight.data.mul_(factor)
+
+    with patch.object(ThoughtEncoder, "update_layer", scaled):
+        yield
+
+
+@contextmanager
+def with_orthogonal_query() -> Iterator[None]:
+    """Q = W_Q q_g starts as a rotation, so that no direction of the core is read louder than another."""
+    update_layer = ThoughtEncoder.update_layer
+
+    def orthogonal(self: ThoughtEncoder, name: str, config: PTEConfig) -> None:
+        update_layer(self, name, config)
+        # q_g solves W_Q q_g^T = R^T for a random rotation R.
+        weight, rotation = self.pte_query[name].weight, torch.empty(config.r, config.r)
+        nn.init.orthogonal_(rotation)
+        self.pte_query_tokens[name].weight.data.copy_(torch.linalg.lstsq(weight.detach(), rotation).solution.mT)
+
+    with patch.object(ThoughtEncoder, "update_layer", orthogonal):
+        yield
