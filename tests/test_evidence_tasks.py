@@ -15,6 +15,7 @@ from tasks import TASKS, Cycle, Multiplication, Recall, Rule110, Stream, Task, V
 every_task = pytest.mark.parametrize("name", list(TASKS))
 TOKENS_OF_EVIDENCE = dict(
     recall=lambda pairs, queries: 2 * pairs,
+    capacity=lambda pairs, queries: 2 * pairs,
     variables=lambda variables, assignments, hops, queries, overwritten: 3 * assignments,
     multiplication=lambda digits: 2 * digits + 1 + digits * (digits + 2),
     cycle=lambda nodes, hops, queries: 2 * nodes,
@@ -26,7 +27,7 @@ def draw_difficulty(data: st.DataObject, name: str) -> dict[str, int]:
     def integer(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
 
-    if name == "recall":
+    if name in ("recall", "capacity"):
         return dict(pairs=integer(1, 16), queries=integer(1, 8))
     if name == "variables":
         hops = integer(1, 6)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import ARMS, DESIGN_ARMS, MAIN_ARMS
+from oracle import run_oracle
 from report import report
 from tasks import TASKS
 from training import Settings, run_arm, train_base
@@ -66,7 +67,13 @@ def run(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         if not (base / "config.json").exists():
             pool.submit(train_base, settings, base).result()
-        jobs = [pool.submit(run_arm, *run, settings, base) for run in wanted if run not in done]
+        jobs = [
+            pool.submit(run_oracle, *run, settings)
+            if ARMS[run[0]].adapter == "oracle"
+            else pool.submit(run_arm, *run, settings, base)
+            for run in wanted
+            if run not in done
+        ]
         for job in as_completed(jobs):
             new = job.result()
             rows += new

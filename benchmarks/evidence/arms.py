@@ -24,9 +24,9 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 class Arm:
     """One way to adapt the base.
 
-    `adapter`: `"none"`, `"lora"` or `"pte"`. `windowed`: under the bounded cache, which PTE always is.
-    `settings`: of `PTEConfig`. `rank`: another rank than the common one. `variant`: a change of the method that the
-    package does not have, in force while the arm is trained and evaluated.
+    `adapter`: `"none"`, `"lora"`, `"pte"` or `"oracle"` (no model at all). `windowed`: under the bounded cache, which
+    PTE always is. `settings`: of `PTEConfig`. `rank`: another rank than the common one. `variant`: a change of the
+    method that the package does not have, in force while the arm is trained and evaluated.
     """
 
     adapter: str
@@ -79,7 +79,9 @@ DESIGN_ARMS: dict[str, Arm] = {
     "PTE, rank 32": Arm("pte", windowed=True, rank=32),
     "PTE, learned gate": replace(pte(), variant=with_gate),
 }
-ARMS = MAIN_ARMS | DESIGN_ARMS
+# The best that one matrix of the state's size can do on recall; see oracle.py.
+ORACLE_ARMS = {f"oracle, rank {rank}": Arm("oracle", windowed=False, rank=rank) for rank in (8, 16, 32)}
+ARMS = MAIN_ARMS | DESIGN_ARMS | ORACLE_ARMS
 
 
 def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int) -> torch.nn.Module:

@@ -191,8 +191,36 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def capacity(tables: list[Results], path: Path) -> list[str]:
+    """Accuracy at the longest trained distance against the number of pairs: Markdown, and a figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tables = sorted(tables, key=lambda results: results.difficulty["pairs"])
+    pairs, distance = [results.difficulty["pairs"] for results in tables], tables[0].trained_distance
+    figure, axis = plt.subplots(figsize=(8, 5))
+    lines = ["| pairs | " + " | ".join(map(str, pairs)) + " |", "|---" * (len(pairs) + 1) + "|"]
+    for arm, color in zip(ARMS, colors()):
+        cells = [results.get(arm, distance) for results in tables]
+        lines += [f"| {arm} | {' | '.join(mean_and_interval(x) if x else '' for x in cells)} |"] if any(cells) else []
+        seen = [(count, mean(x)) for count, x in zip(pairs, cells) if x]
+        if len(seen) > 1:
+            axis.plot(*zip(*seen), ":" if ARMS[arm].adapter == "oracle" else "-", marker="o", color=color, label=arm)
+    axis.axhline(tables[0].chance, color="black", linestyle=":")
+    axis.set(xlabel="pairs written", ylabel="accuracy", title=f"{distance} tokens of filler, {tables[0].steps} steps")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    about = f"Accuracy of the first answer after {distance} tokens of filler; {tables[0].steps} steps."
+    return [f"## {path.stem}", "", about, "", *lines, "", f"![{path.stem}]({path.name})"]
+
+
 def report(folder: Path) -> None:
-    """Write `README.md` and a figure for each table in `folder`."""
+    """Write `README.md` and a figure for each table in `folder`, and one for capacity over several tables."""
     parts = [
         "# Accuracy and NLL by distance",
         "",
@@ -200,14 +228,18 @@ def report(folder: Path) -> None:
         "the last thought of evidence and the question (evictions until then). Brackets: 95 % bootstrap interval of",
         "the mean over seeds.",
     ]
-    for path in sorted(folder.glob("*.csv")):
-        results = Results(path)
+    tables = [Results(path) for path in sorted(folder.glob("*.csv"))]
+    for results in tables:
         parts += ["", f"## {results.name}", "", verdict(results)]
         parts += [f"Steps: {results.steps}. Seeds: {', '.join(map(str, results.seeds))}.", ""]
         of_arms = [claims(results, arm) for arm in (REFERENCE, "PTE, rank 32")]
         for lines in (table(results, "accuracy"), *of_arms, table(results, "nll")):
             parts += [*lines, ""] if lines else []
         parts.append(f"![{results.name}]({results.name}.png)")
-        plot(results, path.with_suffix(".png"))
+        plot(results, folder / f"{results.name}.png")
+    by_pairs = [results for results in tables if results.task.name == "capacity" and "pairs" in results.difficulty]
+    for steps in sorted({results.steps for results in by_pairs}):
+        chosen = [results for results in by_pairs if results.steps == steps]
+        parts += ["", *capacity(chosen, folder / f"capacity_by_pairs_{steps}_steps.png")]
     (folder / "README.md").write_text("\n".join(parts) + "\n")
     print("\n".join(parts))

@@ -79,6 +79,10 @@ class Task(ABC):
         scored = torch.cat([before, torch.zeros_like(parts.evidence_answers), between, parts.scored])
         return Stream(ids, answers.repeat(size, 1), scored.repeat(size, 1))
 
+    def base_difficulty(self, generator: torch.Generator) -> dict[str, int]:
+        """What is not usual in the next batch that the base is trained on."""
+        return {}
+
     def chance(self, **difficulty: int) -> float:
         """Accuracy of a uniform guess among the possible answers of a scored token."""
         return 1 / self.possible_answers(self.completed(difficulty))
@@ -137,6 +141,16 @@ class Recall(Task):
             every(2, queries),
             every(2, queries, first_only=True),
         )
+
+
+class Capacity(Recall):
+    """Recall for any number of pairs, for accuracy against pairs and width of the state: the base has seen them all."""
+
+    name = "capacity"
+    solved_loss = 0.1
+
+    def base_difficulty(self, generator: torch.Generator) -> dict[str, int]:
+        return dict(pairs=int(torch.randint(1, len(self.keys) + 1, (), generator=generator)))
 
 
 class Variables(Task):
@@ -345,4 +359,6 @@ class Rule110(Task):
         )
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Recall(), Variables(), Multiplication(), Cycle(), Rule110())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Recall(), Capacity(), Variables(), Multiplication(), Cycle(), Rule110())
+}

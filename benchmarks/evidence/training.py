@@ -44,6 +44,11 @@ class Settings:
         """For what is not evaluated at every distance: the longest trained, and the farthest."""
         return replace(self, distances=(self.trained_distance, self.distances[-1]))
 
+    def held_out(self, distance: int) -> Stream:
+        """The streams of the evaluation, which no training has seen: training counts its seeds from 0."""
+        generator = torch.Generator().manual_seed(1_000_000 + distance)
+        return TASKS[self.task].sample(self.num_evaluated, distance, generator, **dict(self.difficulty))
+
 
 def loss_and_hits(
     model: torch.nn.Module, stream: Stream, prompt_length: int, windowed: bool
@@ -96,7 +101,8 @@ def train_base(settings: Settings, folder: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * tail / 200
         distance = int(torch.randint(longest + 1, (), generator=generator))
-        stream = task.sample(32, distance, generator, **(dict(hops=hops) if most_hops > 1 else {}))
+        harder = dict(hops=hops) if most_hops > 1 else task.base_difficulty(generator)
+        stream = task.sample(32, distance, generator, **harder)
         loss, _, _ = loss_and_hits(model, stream, task.prompt_length, windowed=False)
         optimizer.zero_grad()
         loss.backward()
@@ -130,8 +136,7 @@ def evaluate(
     task, rows = TASKS[settings.task], []
     model.eval()
     for distance in settings.distances:
-        generator = torch.Generator().manual_seed(1_000_000 + distance)  # training counts its seeds from 0
-        stream = task.sample(settings.num_evaluated, distance, generator, **dict(settings.difficulty))
+        stream = settings.held_out(distance)
         with CONTROLS[control]() if control else nullcontext():
             _, nll, hits = loss_and_hits(model, stream, task.prompt_length, windowed)
         values = dict(accuracy=round(hits.float().mean().item(), 4), nll=round(nll.mean().item(), 4))
@@ -185,10 +190,10 @@ def train_and_evaluate(name: str, seed: int, settings: Settings, folder: Path) -
             last += evaluate(model, settings.two_distances, arm.windowed, control)
     rows += [dict(row, step=settings.steps) for row in last]
     about["seconds"] = round(time.time() - start)
-    return [about | row | asdict_of_training(settings) for row in rows]
+    return [about | row | about_training(settings) for row in rows]
 
 
-def asdict_of_training(settings: Settings) -> dict[str, Any]:
+def about_training(settings: Settings) -> dict[str, Any]:
     """The settings that a row of results tells."""
     left_out = ("distances", "num_evaluated", "difficulty")
     told = {key: value for key, value in asdict(settings).items() if key not in left_out}
