@@ -111,8 +111,11 @@ def test_arms_train_what_they_should(arm: str) -> None:
     assert any("pte_" in name for name, _ in model.named_parameters()) == ARMS[arm].windowed
 
 
+@pytest.mark.parametrize("gated_arm", ["PTE, learned gate", "PTE, learned gate on projections"])
 @pytest.mark.parametrize("bias, same_as", [(60.0, nullcontext), (-60.0, states_zeroed)])
-def test_a_gate_that_is_open_or_shut(bias: float, same_as: Callable[[], AbstractContextManager[None]]) -> None:
+def test_a_gate_that_is_open_or_shut(
+    gated_arm: str, bias: float, same_as: Callable[[], AbstractContextManager[None]]
+) -> None:
     """Open: the delta rule of the package. Shut: nothing is written."""
     ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
 
@@ -128,8 +131,8 @@ def test_a_gate_that_is_open_or_shut(bias: float, same_as: Callable[[], Abstract
         with torch.no_grad():
             return model(input_ids=ids, prompt_lengths=2, use_cache=False).logits
 
-    with ARMS["PTE, learned gate"].variant():
-        gated = logits("PTE, learned gate")
+    with ARMS[gated_arm].variant():
+        gated = logits(gated_arm)
     with same_as():
         torch.testing.assert_close(gated, logits("PTE"), rtol=1e-4, atol=1e-5)
 

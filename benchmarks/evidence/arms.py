@@ -77,15 +77,16 @@ DESIGN_ARMS: dict[str, Arm] = {
     "PTE, orthogonal query at the start": replace(pte(), variant=with_orthogonal_query),
     "PTE, rank 8": Arm("pte", windowed=True, rank=8),
     "PTE, rank 32": Arm("pte", windowed=True, rank=32),
-    "PTE, learned gate": replace(pte(), variant=with_gate),
+    "PTE, learned gate": replace(pte(), variant=partial(with_gate, False)),
+    "PTE, learned gate on projections": replace(pte(), variant=partial(with_gate, True)),
 }
 # The best that one matrix of the state's size can do on recall; see oracle.py.
 ORACLE_ARMS = {f"oracle, rank {rank}": Arm("oracle", windowed=False, rank=rank) for rank in (8, 16, 32)}
 ARMS = MAIN_ARMS | DESIGN_ARMS | ORACLE_ARMS
 
 
-def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int) -> torch.nn.Module:
-    """Attach the adapter of an arm, with scaling 1 unless its settings say otherwise."""
+def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int, **cache: Any) -> torch.nn.Module:
+    """Attach the adapter of an arm, with scaling 1 unless its settings say otherwise. `cache`: more of `PTEConfig`."""
     rank = arm.rank or rank
     if arm.adapter == "lora":
         base = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS), base)
@@ -93,9 +94,9 @@ def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int) -> torch
         return base
     if arm.adapter == "pte":
         shared = dict(r=rank, pte_alpha=rank, num_global_tokens=rank // 2)
-        return with_window(base, window_size, **(shared | arm.settings))
+        return with_window(base, window_size, **(shared | arm.settings | cache))
     # The bounded cache alone: a PTE adapter that is switched to nothing (A = 0, frozen).
-    model = with_window(base, window_size, r=1, num_global_tokens=1, state_update="none")
+    model = with_window(base, window_size, r=1, num_global_tokens=1, state_update="none", **cache)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from arms import ARMS, CONTROLS, EVICTION_RATIO, adapt
+from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
 from peft_pte.schedule import Schedule
 from tasks import TASKS, Stream, Task
 
@@ -151,38 +152,52 @@ def run_arm(name: str, seed: int, settings: Settings, folder: Path) -> list[dict
         return train_and_evaluate(name, seed, settings, folder)
 
 
-def train_and_evaluate(name: str, seed: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
+def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: bool) -> Iterator[tuple[int, float]]:
+    """Train what is trainable on the answers; a pair after each step: how many there were, and the loss.
+
+    The data depend on the seed alone, and are the same for every arm.
+    """
+    task, generator = TASKS[settings.task], torch.Generator().manual_seed(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    for step in range(settings.steps):
+        model.train()
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1, (step + 1) / 20) * decay
+        distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
+        stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
+        loss, _, _ = loss_and_hits(model, stream, task.prompt_length, windowed)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        yield step + 1, loss.item()
+
+
+def adapted(arm: Arm, settings: Settings, seed: int, folder: Path, **cache: Any) -> torch.nn.Module:
+    """The frozen base in `folder` with the adapter of an arm."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    arm, task, start = ARMS[name], TASKS[settings.task], time.time()
-    rows: list[dict[str, Any]] = []
     base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").requires_grad_(False)
-    model = adapt(base, arm, settings.rank, settings.window_size).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    generator, loss = torch.Generator().manual_seed(seed), torch.tensor(float("nan"))
+    return adapt(base, arm, settings.rank, settings.window_size, **cache)
+
+
+def train_and_evaluate(name: str, seed: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
+    arm, start = ARMS[name], time.time()
+    model, loss = adapted(arm, settings, seed, folder), float("nan")
+    rows: list[dict[str, Any]] = []
     if arm.is_trained:
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-        for step in range(settings.steps):
+        few = replace(settings.two_distances, num_evaluated=settings.num_evaluated // 4)
+        for step, value in supervised(model, settings, seed, arm.windowed):
+            loss = value
             if step in settings.curve_steps:
-                few = replace(settings.two_distances, num_evaluated=settings.num_evaluated // 4)
                 rows += [dict(row, step=step) for row in evaluate(model, few, arm.windowed)]
-                model.train()
-            decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * min(1, (step + 1) / 20) * decay
-            distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
-            # The same data for every arm.
-            stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
-            loss, _, _ = loss_and_hits(model, stream, task.prompt_length, arm.windowed)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
     about = dict(
         arm=name,
         seed=seed,
-        parameters=sum(p.numel() for p in parameters),
-        train_loss=round(loss.item(), 4),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        train_loss=round(loss, 4),
     )
     last = evaluate(model, settings, arm.windowed)
     if arm.adapter == "pte" and arm.settings.get("state_update") != "none":

@@ -18,16 +18,18 @@ GATE_SCALE = 4.0  # logits move faster than weights do at one learning rate
 
 
 @contextmanager
-def with_gate() -> Iterator[None]:
-    """A learned gate for each token: `M <- M + beta k (v - M^T k)^T`, beta = sigmoid(4 w [k_e, v_e] + 1).
+def with_gate(from_projections: bool) -> Iterator[None]:
+    """A learned gate for each token: `M <- M + beta k (v - M^T k)^T`, beta = sigmoid(4 w x + 1).
 
-    Computed as the delta rule of sqrt(beta) k and sqrt(beta) v.
+    x is what leaves the cache, [k_e, v_e], or its projections [W_K k_e, W_V v_e]. Computed as the delta rule of
+    sqrt(beta) k and sqrt(beta) v.
     """
     update_layer = ThoughtEncoder.update_layer
 
     def with_gate_parameters(self: ThoughtEncoder, name: str, config: PTEConfig) -> None:
-        self.pte_gate[name] = nn.Linear(2 * self.d_kv, 1)
-        nn.init.normal_(self.pte_gate[name].weight, std=0.1 * (2 * self.d_kv) ** -0.5)
+        width = 2 * (config.r if from_projections else self.d_kv)
+        self.pte_gate[name] = nn.Linear(width, 1)
+        nn.init.normal_(self.pte_gate[name].weight, std=0.1 * (width / 2) ** -0.5)
         nn.init.ones_(self.pte_gate[name].bias)
         update_layer(self, name, config)
 
@@ -36,10 +38,10 @@ def with_gate() -> Iterator[None]:
     ) -> torch.Tensor:
         keys = evicted.positions.take_out(attention, evicted.keys, self.pte_rule[name].encode_keys)
         keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, evicted.values))
-        gate = self.pte_gate[name]
-        logit = GATE_SCALE * (torch.cat([keys, values], -1) @ gate.weight[0])[..., None] + gate.bias
-        root = torch.sigmoid(logit).sqrt()
-        k, v = unit_rows(self.pte_key[name](keys)) * root, self.pte_value[name](values) * root
+        k, v, gate = self.pte_key[name](keys), self.pte_value[name](values), self.pte_gate[name]
+        seen = torch.cat([k, v] if from_projections else [keys, values], -1)
+        root = torch.sigmoid(GATE_SCALE * (seen @ gate.weight[0])[..., None] + gate.bias).sqrt()
+        k, v = unit_rows(k) * root, v * root
         if evicted.valid is not None:
             k, v = (x.masked_fill(~evicted.valid[..., None], 0.0) for x in (k, v))
         # As `delta_update`, which would make the keys unit vectors again; an eviction here is a single block.

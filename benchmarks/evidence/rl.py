@@ -1,0 +1,116 @@
+"""GRPO on a task under the tight window, from a short supervised start: does RL reach what is only in the state?
+
+The stream up to its first question is the prompt, of which nothing is kept but the first tokens that say nothing; the
+rest goes through the window as thoughts do. The completion is the answer, and the reward is 1 if it is right.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig
+
+from arms import ARMS
+from peft_pte.trl import PTEGRPOTrainer
+from tasks import TASKS, Task
+from training import Settings, adapted, evaluate, supervised
+
+ARMS_OF_RL = ["LoRA, windowed", "Global-only", "PTE, paper (sum, norm on write)", "PTE"]
+EVALUATE_EVERY = 25
+GRPO = dict(
+    max_steps=200,
+    learning_rate=1e-3,
+    lr_scheduler_type="constant",
+    per_device_train_batch_size=256,
+    num_generations=8,
+)
+START_STEPS = 200
+
+
+class Evaluation(TrainerCallback):
+    """Greedy accuracy on the held-out streams, every few steps."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.rows = settings, []
+
+    def add(self, model: torch.nn.Module, step: int) -> None:
+        for row in evaluate(model, self.settings, windowed=True):
+            self.rows.append(dict(step=step, quantity=f"accuracy at {row['distance']}", value=row["accuracy"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step % EVALUATE_EVERY == 0:
+            self.add(model, state.global_step)
+            model.train()
+
+
+def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
+    """A word is a token's number; 0, which no stream has, is padding and end."""
+    backend = Tokenizer(models.WordLevel({str(i): i for i in range(task.vocab_size)}, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="0", padding_side="left")
+
+
+def problems(task: Task, settings: Settings, size: int, seed: int) -> Dataset:
+    """Streams up to the first scored answer, over all trained distances."""
+    generator = torch.Generator().manual_seed(100_000 + seed)  # neither those of the start nor the held-out ones
+    rows = []
+    for _ in range(size):
+        distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
+        stream = task.sample(1, distance, generator, **dict(settings.difficulty))
+        words, column = stream.input_ids[0].tolist(), int(stream.scored[0].int().argmax())
+        rows.append(dict(prompt=" ".join(map(str, words[:column])), answer=str(words[column])))
+    return Dataset.from_list(rows)
+
+
+def reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+    return [float(said == right) for said, right in zip(completions, answer)]
+
+
+def run_rl(name: str, seed: int, settings: Settings, folder: Path, grpo: dict[str, Any]) -> list[dict[str, Any]]:
+    """One arm: the reward of every step, and the accuracy at two distances on the way (step 0: after the start)."""
+    start, task = time.time(), TASKS[settings.task]
+    with ARMS[name].variant(), tempfile.TemporaryDirectory() as output:
+        model = adapted(ARMS[name], settings, seed, folder, retained_prefix=task.prompt_length)
+        for _ in supervised(model, settings, seed, windowed=True):
+            pass
+        evaluation = Evaluation(replace(settings.two_distances, num_evaluated=settings.num_evaluated // 2))
+        evaluation.add(model, 0)
+        arguments = GRPOConfig(
+            output_dir=output,
+            max_completion_length=1,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            seed=seed,
+            **grpo,
+        )
+        groups = grpo["max_steps"] * grpo["per_device_train_batch_size"] // grpo["num_generations"]
+        trainer = PTEGRPOTrainer(
+            model=model,
+            processing_class=tokenizer_of(task),
+            reward_funcs=reward,
+            args=arguments,
+            train_dataset=problems(task, settings, groups, seed),
+            callbacks=[evaluation],
+        )
+        trainer.train()
+    rewards = [
+        dict(step=entry["step"], quantity="reward", value=round(entry["reward"], 4))
+        for entry in trainer.state.log_history
+        if "reward" in entry
+    ]
+    seconds = round(time.time() - start)
+    return [dict(arm=name, seed=seed, **row, seconds=seconds) for row in rewards + evaluation.rows]
