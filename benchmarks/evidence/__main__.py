@@ -4,6 +4,7 @@
     python benchmarks/evidence --task recall --arms PTE --seeds 3       # one cell again
     python benchmarks/evidence --task recall --design                   # what differs from the default in one choice
     python benchmarks/evidence --task recall --steps 1500               # a table of its own
+    python benchmarks/evidence --task variables --rl                    # GRPO from a supervised start
     python benchmarks/evidence --task recall --quick --output outputs/evidence   # minutes, to see that it runs
     python benchmarks/evidence --report                      # tables and figures from the committed results
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,37 +51,50 @@ def run(options: argparse.Namespace) -> None:
     difficulty = tuple(options.difficulty)
     TASKS[options.task].completed(dict(difficulty))  # refuses what the task does not have
     settings = Settings(task=options.task, difficulty=difficulty)
-    name = "_".join([options.task, *(f"{value}_{key}" for key, value in difficulty)])
+    name = "_".join([*["rl"] * options.rl, options.task, *(f"{value}_{key}" for key, value in difficulty)])
     if options.quick:
         settings = replace(settings, **QUICK)
     if options.steps:
         settings, name = replace(settings, steps=options.steps), f"{name}_{options.steps}_steps"
     options.output.mkdir(parents=True, exist_ok=True)
     path, base = options.output / f"{name}.csv", options.base / options.task
-    named = options.arms is not None
-    arms = options.arms or (["PTE", *DESIGN_ARMS] if options.design else MAIN_ARMS)
-    wanted = [(arm, seed) for seed in options.seeds for arm in arms if ARMS[arm].is_trained or not seed]
+    usual = ["PTE", *DESIGN_ARMS] if options.design else MAIN_ARMS
+    if options.rl:
+        import rl  # not above: TRL takes seconds to import
+
+        usual = rl.RL_ARMS
+    wanted = [
+        (arm, seed) for seed in options.seeds for arm in options.arms or usual if ARMS[arm].is_trained or not seed
+    ]
     rows: list[dict[str, Any]] = read(path)
-    if named:
+    if options.arms:
         rows = [row for row in rows if (row["arm"], int(row["seed"])) not in wanted]
     done = {(row["arm"], int(row["seed"])) for row in rows}
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         if not (base / "config.json").exists():
             pool.submit(train_base, settings, base).result()
-        jobs = [
-            pool.submit(run_oracle, *run, settings)
-            if ARMS[run[0]].adapter == "oracle"
-            else pool.submit(run_arm, *run, settings, base)
-            for run in wanted
-            if run not in done
-        ]
-        for job in as_completed(jobs):
+
+        def submit(arm: str, seed: int) -> Future[list[dict[str, Any]]]:
+            if options.rl:
+                start = settings if options.quick or options.steps else replace(settings, steps=rl.START_STEPS)
+                return pool.submit(
+                    rl.run_rl, arm, seed, start, base, rl.GRPO | (rl.QUICK_GRPO if options.quick else {})
+                )
+            if ARMS[arm].adapter == "oracle":
+                return pool.submit(run_oracle, arm, seed, settings)
+            return pool.submit(run_arm, arm, seed, settings, base)
+
+        for job in as_completed([submit(*run) for run in wanted if run not in done]):
             new = job.result()
             rows += new
             write(path, rows)
-            last = [row for row in new if row["step"] == settings.steps and not row["control"]]
-            scores = " ".join(f"{row['accuracy']:.2f}" for row in last)
-            print(f"{new[0]['arm']:<36} seed {new[0]['seed']}  {scores}  {new[0]['seconds']} s", flush=True)
+            print(f"{new[0]['arm']:<36} seed {new[0]['seed']}  {summary(new)}  {new[0]['seconds']} s", flush=True)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Accuracies when a run has ended."""
+    last = [row for row in rows if row["step"] == max(row["step"] for row in rows) and not row.get("control")]
+    return " ".join(f"{row['accuracy']:.2f}" for row in last if row["accuracy"] != "")
 
 
 def item(text: str) -> tuple[str, int]:
@@ -94,6 +108,9 @@ def main() -> None:
     parser.add_argument("--task", choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these again, though they are there")
     parser.add_argument("--design", action="store_true", help="the arms that differ from the default in one choice")
+    parser.add_argument(
+        "--rl", action="store_true", help="GRPO from a supervised start, of which --steps are the steps"
+    )
     parser.add_argument("--difficulty", type=item, nargs="+", default=[], help="other than usual: pairs=12")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of the arms' training, if others than usual")

@@ -219,6 +219,49 @@ def capacity(tables: list[Results], path: Path) -> list[str]:
     return [f"## {path.stem}", "", about, "", *lines, "", f"![{path.stem}]({path.name})"]
 
 
+def rl_table(path: Path) -> list[str]:
+    """Accuracy before and after GRPO, and the reward on the way: Markdown, and a figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = list(csv.DictReader(path.open()))
+    values: dict[tuple[str, str, int], BySeed] = defaultdict(dict)
+    for row in rows:
+        quantity = f"accuracy at {row['distance']}" if row["accuracy"] else "reward"
+        values[row["arm"], quantity, int(row["step"])][int(row["seed"])] = float(row["accuracy"] or row["reward"])
+    distances = sorted({int(row["distance"]) for row in rows if row["distance"]})
+    last = max(int(row["step"]) for row in rows)
+    heads = [f"at {distance}, {when}" for distance in distances for when in ("start", f"after {last} steps")]
+    lines = ["| accuracy | " + " | ".join(heads) + " | reward, last 10 steps |", "|---" * (len(heads) + 2) + "|"]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
+    for arm, color in zip(ARMS, colors()):
+        rewards = [values[arm, "reward", step] for step in range(1, last + 1) if (arm, "reward", step) in values]
+        if not rewards:
+            continue
+        cells = [values[arm, f"accuracy at {distance}", step] for distance in distances for step in (0, last)]
+        ends = {seed: mean({i: by_seed[seed] for i, by_seed in enumerate(rewards[-10:])}) for seed in rewards[0]}
+        lines.append(f"| {arm} | " + " | ".join(map(mean_and_interval, [*cells, ends])) + " |")
+        smooth = torch.tensor([mean(by_seed) for by_seed in rewards]).unfold(0, min(10, len(rewards)), 1).mean(-1)
+        axes[0].plot(range(last - len(smooth) + 1, last + 1), smooth, color=color, label=arm)
+        for distance, line in zip(distances, ("-", ":")):
+            seen = [s for s in range(last + 1) if (arm, f"accuracy at {distance}", s) in values]
+            means = [mean(values[arm, f"accuracy at {distance}", s]) for s in seen]
+            axes[1].plot(seen, means, line, color=color, marker=".")
+    axes[0].set(xlabel="GRPO step", ylabel="reward, running mean of 10 steps, mean over seeds", ylim=(0, 1))
+    axes[1].set(xlabel="GRPO step", ylabel=f"accuracy after {' (solid) and '.join(map(str, distances))}", ylim=(0, 1))
+    axes[0].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=100)
+    plt.close(figure)
+    about = f"{rows[0]['start_steps']} supervised steps, then {last} of GRPO. Seeds: "
+    about += ", ".join(sorted({row["seed"] for row in rows})) + "."
+    return [f"## {path.stem}", "", about, "", *lines, "", f"![{path.stem}]({path.stem}.png)"]
+
+
 def report(folder: Path) -> None:
     """Write `README.md` and a figure for each table in `folder`, and one for capacity over several tables."""
     parts = [
@@ -228,7 +271,8 @@ def report(folder: Path) -> None:
         "the last thought of evidence and the question (evictions until then). Brackets: 95 % bootstrap interval of",
         "the mean over seeds.",
     ]
-    tables = [Results(path) for path in sorted(folder.glob("*.csv"))]
+    paths = sorted(folder.glob("*.csv"))
+    tables = [Results(path) for path in paths if not path.stem.startswith("rl_")]
     for results in tables:
         parts += ["", f"## {results.name}", "", verdict(results)]
         parts += [f"Steps: {results.steps}. Seeds: {', '.join(map(str, results.seeds))}.", ""]
@@ -241,5 +285,7 @@ def report(folder: Path) -> None:
     for steps in sorted({results.steps for results in by_pairs}):
         chosen = [results for results in by_pairs if results.steps == steps]
         parts += ["", *capacity(chosen, folder / f"capacity_by_pairs_{steps}_steps.png")]
+    for path in paths:
+        parts += ["", *rl_table(path)] if path.stem.startswith("rl_") else []
     (folder / "README.md").write_text("\n".join(parts) + "\n")
     print("\n".join(parts))

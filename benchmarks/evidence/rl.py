@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from peft_pte.trl import PTEGRPOTrainer
 from tasks import TASKS, Task
 from training import Settings, adapted, evaluate, supervised
 
-ARMS_OF_RL = ["LoRA, windowed", "Global-only", "PTE, paper (sum, norm on write)", "PTE"]
+RL_ARMS = ["LoRA, windowed", "Global-only", "PTE, paper (sum, norm on write)", "PTE"]
 EVALUATE_EVERY = 25
 GRPO = dict(
     max_steps=200,
@@ -32,7 +31,8 @@ GRPO = dict(
     per_device_train_batch_size=256,
     num_generations=8,
 )
-START_STEPS = 200
+QUICK_GRPO = dict(max_steps=2, per_device_train_batch_size=16)
+START_STEPS = 50
 
 
 class Evaluation(TrainerCallback):
@@ -42,11 +42,10 @@ class Evaluation(TrainerCallback):
         self.settings, self.rows = settings, []
 
     def add(self, model: torch.nn.Module, step: int) -> None:
-        for row in evaluate(model, self.settings, windowed=True):
-            self.rows.append(dict(step=step, quantity=f"accuracy at {row['distance']}", value=row["accuracy"]))
+        self.rows += [dict(row, step=step, reward="") for row in evaluate(model, self.settings, windowed=True)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
-        if state.global_step % EVALUATE_EVERY == 0:
+        if state.global_step % EVALUATE_EVERY == 0 or state.global_step == args.max_steps:
             self.add(model, state.global_step)
             model.train()
 
@@ -75,13 +74,13 @@ def reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[flo
 
 
 def run_rl(name: str, seed: int, settings: Settings, folder: Path, grpo: dict[str, Any]) -> list[dict[str, Any]]:
-    """One arm: the reward of every step, and the accuracy at two distances on the way (step 0: after the start)."""
+    """One arm: a row with the reward of each step, and rows with accuracies on the way (step 0: after the start)."""
     start, task = time.time(), TASKS[settings.task]
     with ARMS[name].variant(), tempfile.TemporaryDirectory() as output:
         model = adapted(ARMS[name], settings, seed, folder, retained_prefix=task.prompt_length)
         for _ in supervised(model, settings, seed, windowed=True):
             pass
-        evaluation = Evaluation(replace(settings.two_distances, num_evaluated=settings.num_evaluated // 2))
+        evaluation = Evaluation(settings.two_distances)
         evaluation.add(model, 0)
         arguments = GRPOConfig(
             output_dir=output,
@@ -107,10 +106,11 @@ def run_rl(name: str, seed: int, settings: Settings, folder: Path, grpo: dict[st
             callbacks=[evaluation],
         )
         trainer.train()
+    nothing = dict.fromkeys(("control", "distance", "evictions", "accuracy", "nll"), "")
     rewards = [
-        dict(step=entry["step"], quantity="reward", value=round(entry["reward"], 4))
+        nothing | dict(step=entry["step"], reward=round(entry["reward"], 4))
         for entry in trainer.state.log_history
         if "reward" in entry
     ]
-    seconds = round(time.time() - start)
-    return [dict(arm=name, seed=seed, **row, seconds=seconds) for row in rewards + evaluation.rows]
+    about = dict(arm=name, seed=seed, seconds=round(time.time() - start), start_steps=settings.steps, **grpo)
+    return [about | row for row in evaluation.rows + rewards]
