@@ -16,8 +16,11 @@ import torch
 from models import tiny_model
 
 import report
+import rl
 from arms import ARMS, adapt, states_swapped, states_zeroed
 from peft_pte.encoder import ThoughtEncoder
+from tasks import TASKS
+from training import Settings
 
 ROOT = Path(__file__).parents[1]
 QUICK_ARMS = ["base, full cache", "base, windowed", "LoRA, windowed", "PTE"]
@@ -71,6 +74,31 @@ def test_accuracy_by_pairs(tmp_path: Path) -> None:
     assert few == 1.0 and 0.2 < many < 0.9
     assert (tmp_path / "capacity_by_pairs_20_steps.png").stat().st_size > 1000
     assert "pairs of keys and values only" in run(*folders[:-3], "variables", "--arms", "oracle, rank 8").stderr
+
+
+def test_rl_runs(tmp_path: Path) -> None:
+    """A reward for each step, accuracies before and after, a table and a figure."""
+    folders = ["--output", tmp_path, "--base", tmp_path / "base", "--quick", "--task", "variables", "--seeds", 0]
+    done = run(*folders, "--rl", "--arms", "PTE")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "rl_variables.csv").open()))
+    assert [row["step"] for row in rows if row["reward"]] == ["1", "2"]
+    assert [(row["step"], row["distance"]) for row in rows if row["accuracy"]] == [
+        (step, distance) for step in ("0", "2") for distance in ("24", "48")
+    ]
+    assert "| PTE | " in done.stdout and (tmp_path / "rl_variables.png").stat().st_size > 1000
+
+
+def test_the_rl_prompt_ends_before_the_answer() -> None:
+    """The reward compares with the token that the stream has there."""
+    task, settings = TASKS["variables"], Settings(task="variables")
+    tokenizer = rl.tokenizer_of(task)
+    for row in rl.problems(task, settings, size=8, seed=0):
+        ids = tokenizer(row["prompt"])["input_ids"]
+        assert ids[:4] == [task.prompt_token] * 4 and ids[-1] in task.names and int(row["answer"]) in task.values
+        said = tokenizer.batch_decode([[int(row["answer"])], [task.values.start], [0]], skip_special_tokens=True)
+        expected = [1.0, float(int(row["answer"]) == task.values.start), 0.0]
+        assert rl.reward(said, [row["answer"]] * 3) == expected
 
 
 def test_controls_change_what_the_state_says() -> None:

@@ -56,6 +56,9 @@ def run(options: argparse.Namespace) -> None:
         settings = replace(settings, **QUICK)
     if options.steps:
         settings, name = replace(settings, steps=options.steps), f"{name}_{options.steps}_steps"
+    if options.learning_rate:
+        settings = replace(settings, learning_rate=options.learning_rate)
+        name = f"{name}_learning_rate_{options.learning_rate}"
     options.output.mkdir(parents=True, exist_ok=True)
     path, base = options.output / f"{name}.csv", options.base / options.task
     usual = ["PTE", *DESIGN_ARMS] if options.design else MAIN_ARMS
@@ -114,6 +117,7 @@ def main() -> None:
     parser.add_argument("--difficulty", type=item, nargs="+", default=[], help="other than usual: pairs=12")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of the arms' training, if others than usual")
+    parser.add_argument("--learning-rate", type=float, help="of the arms' supervised training, if another than usual")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--report", action="store_true", help="only tables and figures of the results in --output")
     parser.add_argument("--processes", type=int, default=2)
