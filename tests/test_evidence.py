@@ -95,6 +95,7 @@ def test_the_rl_prompt_ends_before_the_answer() -> None:
     tokenizer = rl.tokenizer_of(task)
     for row in rl.problems(task, settings, size=8, seed=0):
         ids = tokenizer(row["prompt"])["input_ids"]
+        assert ids == [int(word) for word in row["prompt"].split()]
         assert ids[:4] == [task.prompt_token] * 4 and ids[-1] in task.names and int(row["answer"]) in task.values
         said = tokenizer.batch_decode([[int(row["answer"])], [task.values.start], [0]], skip_special_tokens=True)
         expected = [1.0, float(int(row["answer"]) == task.values.start), 0.0]

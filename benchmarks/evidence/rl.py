@@ -51,10 +51,11 @@ class Evaluation(TrainerCallback):
 
 
 def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
-    """A word is a token's number; 0, which no stream has, is padding and end."""
-    backend = Tokenizer(models.WordLevel({str(i): i for i in range(task.vocab_size)}, unk_token="0"))
+    """A word is a token's number, but for padding and end: special tokens are found inside of words too."""
+    words = {"<end>": 0} | {str(i): i for i in range(1, task.vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="0", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", eos_token="<end>", padding_side="left")
 
 
 def problems(task: Task, settings: Settings, size: int, seed: int) -> Dataset:
