@@ -25,10 +25,10 @@ from training import Settings, adapted, evaluate, supervised
 RL_ARMS = ["LoRA, windowed", "Global-only", "PTE, paper (sum, norm on write)", "PTE"]
 EVALUATE_EVERY = 25
 GRPO = dict(
-    max_steps=200,
+    max_steps=150,
     learning_rate=1e-3,
     lr_scheduler_type="constant",
-    per_device_train_batch_size=256,
+    per_device_train_batch_size=128,
     num_generations=8,
 )
 QUICK_GRPO = dict(max_steps=2, per_device_train_batch_size=16)
