@@ -56,11 +56,18 @@ def run(options: argparse.Namespace) -> None:
         settings = replace(settings, **QUICK)
     if options.steps:
         settings, name = replace(settings, steps=options.steps), f"{name}_{options.steps}_steps"
+    if options.hidden_size != settings.hidden_size:
+        if options.hidden_size < 64 or options.hidden_size % 64:
+            raise SystemExit(f"--hidden-size is {options.hidden_size}, but must be a multiple of 64.")
+        settings, name = replace(settings, hidden_size=options.hidden_size), f"{name}_hidden_{options.hidden_size}"
+    settings = replace(settings, device=options.device)
     if options.learning_rate:
         settings = replace(settings, learning_rate=options.learning_rate)
         name = f"{name}_learning_rate_{options.learning_rate}"
     options.output.mkdir(parents=True, exist_ok=True)
     path, base = options.output / f"{name}.csv", options.base / options.task
+    if settings.hidden_size != 64:
+        base = base.with_name(f"{options.task}_hidden_{settings.hidden_size}")
     usual = ["PTE", *DESIGN_ARMS] if options.design else MAIN_ARMS
     if options.rl:
         import rl  # not above: TRL takes seconds to import
@@ -118,6 +125,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of the arms' training, if others than usual")
     parser.add_argument("--learning-rate", type=float, help="of the arms' supervised training, if another than usual")
+    parser.add_argument("--hidden-size", type=int, default=64, help="of the base; 1024 gives 30 to 40M parameters")
+    parser.add_argument("--device", default="cpu", help="'cuda' with --processes 1 or few")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--report", action="store_true", help="only tables and figures of the results in --output")
     parser.add_argument("--processes", type=int, default=2)

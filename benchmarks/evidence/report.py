@@ -54,11 +54,12 @@ class Results:
     def times_smaller(self, distance: int, rank: int) -> float:
         """Full cache over bounded cache with state, in bytes, at the end of a stream.
 
-        The bounded one has room for the prompt and the whole window. A token is 2 * 64 numbers a layer, a state rank^2.
+        The bounded one has room for the prompt and the whole window. A token is two vectors a layer, a state rank^2.
         """
         stream = self.task.sample(1, distance, torch.Generator(), **self.difficulty)
         room = self.task.prompt_length + int(self.rows[0]["window_size"])
-        return (stream.input_ids.shape[1] - 1) / (room + rank**2 / 128)
+        hidden_size = int(self.rows[0].get("hidden_size", 64))
+        return (stream.input_ids.shape[1] - 1) / (room + rank**2 / (2 * hidden_size))
 
 
 def interval(values: torch.Tensor) -> tuple[float, float]:

@@ -93,7 +93,7 @@ def run_rl(name: str, seed: int, settings: Settings, folder: Path, grpo: dict[st
             disable_tqdm=True,
             gradient_checkpointing=False,
             bf16=False,
-            use_cpu=True,
+            use_cpu=settings.device == "cpu",
             seed=seed,
             **grpo,
         )

@@ -21,6 +21,9 @@ class Stream(NamedTuple):
     answers: torch.Tensor  # [N, T] bool: tokens to be predicted from what stands before them
     scored: torch.Tensor  # [N, T] bool: those answers whose accuracy counts, equally many in each row
 
+    def to(self, device: torch.device) -> Stream:
+        return Stream(*(x.to(device) for x in self))
+
 
 class Parts(NamedTuple):
     """What a task writes before and after the filler. Masks are over columns: all rows have one layout."""

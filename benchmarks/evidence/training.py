@@ -34,6 +34,13 @@ class Settings:
     num_evaluated: int = 512
     base_steps: int = 6000  # at most
     difficulty: tuple[tuple[str, int], ...] = ()  # where it is not the task's own
+    hidden_size: int = 64  # of the base
+    device: str = "cpu"
+
+    @property
+    def pace(self) -> float:
+        """Learning rates are for a base of 64 dimensions; wider ones get smaller ones."""
+        return (64 / self.hidden_size) ** 0.5
 
     @property
     def curve_steps(self) -> tuple[int, ...]:
@@ -56,6 +63,7 @@ def loss_and_hits(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean cross-entropy of the answers; NLL and correctness of each scored token, [N, scored]."""
     border = dict(prompt_lengths=prompt_length) if windowed else {}
+    stream = stream.to(model.device)
     logits = model(input_ids=stream.input_ids, use_cache=False, **border).logits[:, :-1]
     nll = F.cross_entropy(logits.transpose(1, 2), stream.input_ids[:, 1:], reduction="none")
     right = logits.argmax(-1) == stream.input_ids[:, 1:]
@@ -64,15 +72,16 @@ def loss_and_hits(
     return nll[answers].mean(), nll[scored].view(size, -1), right[scored].view(size, -1)
 
 
-def new_base(task: Task) -> torch.nn.Module:
+def new_base(task: Task, hidden_size: int) -> torch.nn.Module:
+    num_heads = task.base_heads if hidden_size == 64 else hidden_size // 64
     config = LlamaConfig(
         vocab_size=task.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=task.base_layers,
-        num_attention_heads=task.base_heads,
-        num_key_value_heads=task.base_heads,
-        initializer_range=0.05,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        initializer_range=0.4 * hidden_size**-0.5,
         max_position_embeddings=4096,
         pad_token_id=0,
         bos_token_id=None,
@@ -92,7 +101,7 @@ def train_base(settings: Settings, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     task, generator = TASKS[settings.task], torch.Generator().manual_seed(0)
-    model = new_base(task).train()
+    model = new_base(task, settings.hidden_size).to(settings.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95))
     longest, tail, average, farthest = 4, 200, 3.0, max(settings.distances)
     hops, most_hops = 1, task.difficulty.get("hops", 1)
@@ -100,7 +109,7 @@ def train_base(settings: Settings, folder: Path) -> None:
         if not tail:
             break
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * tail / 200
+            group["lr"] = 2e-3 * settings.pace * min(1, (step + 1) / 20) * tail / 200
         distance = int(torch.randint(longest + 1, (), generator=generator))
         harder = dict(hops=hops) if most_hops > 1 else task.base_difficulty(generator)
         stream = task.sample(32, distance, generator, **harder)
@@ -164,7 +173,7 @@ def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: 
         model.train()
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1, (step + 1) / 20) * decay
+            group["lr"] = settings.learning_rate * settings.pace * min(1, (step + 1) / 20) * decay
         distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
         stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
         loss, _, _ = loss_and_hits(model, stream, task.prompt_length, windowed)
@@ -179,7 +188,7 @@ def adapted(arm: Arm, settings: Settings, seed: int, folder: Path, **cache: Any)
     """The frozen base in `folder` with the adapter of an arm."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").requires_grad_(False)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").requires_grad_(False).to(settings.device)
     return adapt(base, arm, settings.rank, settings.window_size, **cache)
 
 
@@ -210,6 +219,7 @@ def train_and_evaluate(name: str, seed: int, settings: Settings, folder: Path) -
 
 def about_training(settings: Settings) -> dict[str, Any]:
     """The settings that a row of results tells."""
-    left_out = ("distances", "num_evaluated", "difficulty")
+    left_out = ["distances", "num_evaluated", "difficulty", "device"]
+    left_out += ["hidden_size"] if settings.hidden_size == 64 else []
     told = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return told | dict(difficulty=" ".join(f"{key}={value}" for key, value in settings.difficulty))
