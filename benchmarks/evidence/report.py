@@ -14,6 +14,7 @@ from tasks import TASKS
 
 REFERENCE = "PTE"  # the default, which the other arms are compared with, seed by seed
 GATE = 0.95
+BLIND = 0.15  # how far above a uniform guess the base may be that does not see the evidence: answers are not uniform
 RESAMPLES = 10_000
 
 BySeed = dict[int, float]
@@ -92,7 +93,7 @@ def verdict(results: Results) -> str:
     if not all(full) or not far:
         return "Gate: see the table with the base."
     lowest = min(by_seed[0] for by_seed in full)
-    valid = lowest >= GATE and far[0] <= 2 * results.chance + 0.05
+    valid = lowest >= GATE and far[0] <= results.chance + BLIND
     return (
         f"Gate: base with full cache at least {lowest:.2f} (>= {GATE} wanted), windowed and farthest {far[0]:.2f} "
         f"(a uniform guess: {results.chance:.2f}): {'passed' if valid else '**void**'}."
@@ -156,18 +157,23 @@ def mean(by_seed: BySeed) -> float:
     return sum(by_seed.values()) / len(by_seed)
 
 
-def colors() -> list[Any]:
-    import matplotlib.pyplot as plt
-
-    return [*plt.cm.tab20.colors, *plt.cm.tab20b.colors]
-
-
-def plot(results: Results, path: Path) -> None:
+def pyplot() -> Any:
+    """Imported only here: who runs an arm need not have it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def colors() -> list[Any]:
+    maps = pyplot().cm
+    return [*maps.tab20.colors, *maps.tab20b.colors]
+
+
+def plot(results: Results, path: Path) -> None:
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(17, 5))
     for axis, quantity in zip(axes, ("accuracy", "nll")):
         for arm, color in zip(ARMS, colors()):
@@ -194,11 +200,7 @@ def plot(results: Results, path: Path) -> None:
 
 def capacity(tables: list[Results], path: Path) -> list[str]:
     """Accuracy at the longest trained distance against the number of pairs: Markdown, and a figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     tables = sorted(tables, key=lambda results: results.difficulty["pairs"])
     pairs, distance = [results.difficulty["pairs"] for results in tables], tables[0].trained_distance
     figure, axis = plt.subplots(figsize=(8, 5))
@@ -222,11 +224,7 @@ def capacity(tables: list[Results], path: Path) -> list[str]:
 
 def rl_table(path: Path) -> list[str]:
     """Accuracy before and after GRPO, and the reward on the way: Markdown, and a figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = list(csv.DictReader(path.open()))
     values: dict[tuple[str, str, int], BySeed] = defaultdict(dict)
     for row in rows:
