@@ -41,7 +41,7 @@ def test_quick_run_report_and_repetition(tmp_path: Path) -> None:
     rows = list(csv.DictReader(path.open()))
     # Three distances, the base once; on the way two distances at five steps; PTE also with two controls at two.
     assert len(rows) == 2 * 3 + 2 * (2 * (3 + 5 * 2) + 2 * 2)
-    assert "void" in done.stdout and "PTE, states swapped" in done.stdout
+    assert "void" in done.stdout and "states swapped, 24" in done.stdout
     assert path.with_suffix(".png").stat().st_size > 1000 and (path.parent / "README.md").exists()
     again = run(*folders, "--seeds", 1, "--arms", "PTE")
     assert again.returncode == 0, again.stderr

@@ -107,19 +107,31 @@ def table(results: Results, quantity: str) -> list[str]:
     heads += [f"minus {REFERENCE} at {distances[-1]}"] if is_accuracy else []
     lines = [f"| {quantity} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     reference = results.get(REFERENCE, distances[-1])
-    for control in dict.fromkeys(row["control"] for row in results.rows):
-        for arm in results.arms():
-            cells = [results.get(arm, distance, control, quantity=quantity) for distance in distances]
-            if not cells[-1] or control and not is_accuracy:
-                continue
-            name = f"{arm}, {control}" if control else arm
-            if ARMS[arm].is_trained and len(cells[-1]) < len(results.seeds):
-                name += f" ({len(cells[-1])} of the seeds)"
-            words = [name, *(mean_and_interval(x) if x else "" for x in cells)]
-            if is_accuracy:
-                is_reference = (arm, control) == (REFERENCE, "")
-                words.append(difference(cells[-1], reference) if reference and not is_reference else "")
-            lines.append("| " + " | ".join(words) + " |")
+    for arm in results.arms():
+        cells = [results.get(arm, distance, quantity=quantity) for distance in distances]
+        name = arm
+        if ARMS[arm].is_trained and len(cells[-1]) < len(results.seeds):
+            name += f" ({len(cells[-1])} of the seeds)"
+        words = [name, *(mean_and_interval(x) for x in cells)]
+        if is_accuracy:
+            words.append(difference(cells[-1], reference) if reference and arm != REFERENCE else "")
+        lines.append("| " + " | ".join(words) + " |")
+    return lines
+
+
+def controls(results: Results) -> list[str]:
+    """Markdown: accuracy without what the states say."""
+    names = sorted({row["control"] for row in results.rows} - {""})
+    distances = (results.trained_distance, results.distances[-1])
+    columns = [(name, distance) for name in names for distance in distances]
+    if not columns:
+        return []
+    lines = ["| accuracy | " + " | ".join(f"{name}, {distance}" for name, distance in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for arm in results.arms():
+        cells = [results.get(arm, distance, name) for name, distance in columns]
+        if all(cells):
+            lines.append(f"| {arm} | " + " | ".join(map(mean_and_interval, cells)) + " |")
     return lines
 
 
@@ -276,7 +288,7 @@ def report(folder: Path) -> None:
         parts += ["", f"## {results.name}", "", verdict(results)]
         parts += [f"Steps: {results.steps}. Seeds: {', '.join(map(str, results.seeds))}.", ""]
         of_arms = [claims(results, arm) for arm in (REFERENCE, "PTE, rank 32")]
-        for lines in (table(results, "accuracy"), *of_arms, table(results, "nll")):
+        for lines in (table(results, "accuracy"), *of_arms, controls(results), table(results, "nll")):
             parts += [*lines, ""] if lines else []
         parts.append(f"![{results.name}]({results.name}.png)")
         plot(results, folder / f"{results.name}.png")
