@@ -180,8 +180,11 @@ def pyplot() -> Any:
 
 
 def colors() -> list[Any]:
+    """One for each arm; the reference stands out."""
     maps = pyplot().cm
-    return [*maps.tab20.colors, *maps.tab20b.colors]
+    chosen = [*maps.tab20.colors, *maps.tab20b.colors]
+    chosen[list(ARMS).index(REFERENCE)] = "black"
+    return chosen
 
 
 def plot(results: Results, path: Path) -> None:
