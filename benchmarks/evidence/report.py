@@ -189,7 +189,7 @@ def colors() -> list[Any]:
 
 def plot(results: Results, path: Path) -> None:
     plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(17, 5))
+    figure, axes = plt.subplots(1, 3, figsize=(17, max(5, 0.25 * len(results.arms()))))
     for axis, quantity in zip(axes, ("accuracy", "nll")):
         for arm, color in zip(ARMS, colors()):
             by_distance = [results.get(arm, distance, quantity=quantity) for distance in results.distances]
