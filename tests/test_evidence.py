@@ -72,7 +72,7 @@ def test_accuracy_by_pairs(tmp_path: Path) -> None:
     ]
     few, many = (float(cell) for cell in line.split("|")[2:4])
     assert few == 1.0 and 0.2 < many < 0.9
-    assert (tmp_path / "capacity_by_pairs_20_steps.png").stat().st_size > 1000
+    assert (tmp_path / "capacity_by_pairs.png").stat().st_size > 1000
     assert "pairs of keys and values only" in run(*folders[:-3], "variables", "--arms", "oracle, rank 8").stderr
 
 

@@ -77,6 +77,8 @@ DESIGN_ARMS: dict[str, Arm] = {
     "PTE, orthogonal query at the start": replace(pte(), variant=with_orthogonal_query),
     "PTE, rank 8": Arm("pte", windowed=True, rank=8),
     "PTE, rank 32": Arm("pte", windowed=True, rank=32),
+    "PTE, rank 32, scaling 1/2": Arm("pte", windowed=True, rank=32, settings=dict(pte_alpha=16)),
+    "PTE, rank 32, truncated gradient": Arm("pte", windowed=True, rank=32, settings=dict(gradient="truncated")),
     "PTE, learned gate": replace(pte(), variant=partial(with_gate, False)),
     "PTE, learned gate on projections": replace(pte(), variant=partial(with_gate, True)),
 }

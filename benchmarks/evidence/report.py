@@ -233,7 +233,8 @@ def capacity(tables: list[Results], path: Path) -> list[str]:
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    about = f"Accuracy of the first answer after {distance} tokens of filler; {tables[0].steps} steps."
+    about = f"Accuracy of the first answer after {distance} tokens of filler; {tables[0].steps} steps, learning rate "
+    about += f"{tables[0].rows[0]['learning_rate']}."
     return [f"## {path.stem}", "", about, "", *lines, "", f"![{path.stem}]({path.name})"]
 
 
@@ -295,10 +296,12 @@ def report(folder: Path) -> None:
             parts += [*lines, ""] if lines else []
         parts.append(f"![{results.name}]({results.name}.png)")
         plot(results, folder / f"{results.name}.png")
-    by_pairs = [results for results in tables if results.task.name == "capacity" and "pairs" in results.difficulty]
-    for steps in sorted({results.steps for results in by_pairs}):
-        chosen = [results for results in by_pairs if results.steps == steps]
-        parts += ["", *capacity(chosen, folder / f"capacity_by_pairs_{steps}_steps.png")]
+    by_pairs: dict[str, list[Results]] = defaultdict(list)  # tables that differ in the number of pairs alone
+    for results in tables:
+        if results.task.name == "capacity" and "pairs" in results.difficulty:
+            by_pairs[results.name.replace(f"{results.difficulty['pairs']}_pairs", "by_pairs")].append(results)
+    for name, chosen in by_pairs.items():
+        parts += ["", *capacity(chosen, folder / f"{name}.png")]
     for path in paths:
         parts += ["", *rl_table(path)] if path.stem.startswith("rl_") else []
     (folder / "README.md").write_text("\n".join(parts) + "\n")
