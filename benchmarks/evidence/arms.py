@@ -71,6 +71,7 @@ DESIGN_ARMS: dict[str, Arm] = {
     "PTE, q and o": pte(target_modules=["q_proj", "o_proj"]),
     "PTE, v and o": pte(target_modules=["v_proj", "o_proj"]),
     "PTE, scaling 1/4": pte(pte_alpha=4),
+    "PTE, scaling 1/2": pte(pte_alpha=8),
     "PTE, scaling 4": pte(pte_alpha=64),
     "PTE, W_V starts 1/4 as large": replace(pte(), variant=partial(with_values_scaled, 0.25)),
     "PTE, W_V starts 4 times as large": replace(pte(), variant=partial(with_values_scaled, 4.0)),
