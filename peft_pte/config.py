@@ -37,7 +37,9 @@ class PTEConfig(PeftConfig):
             Number G of learned tokens that make the initial state `S_0` (Eq. 6). With 0 there is no initial state and
             the adapter acts only after the first eviction. 64 was worse than 32 in the paper.
         pte_alpha (`float`):
-            The update is scaled by `pte_alpha / r`, as in LoRA.
+            The update is scaled by `pte_alpha / r`, as in LoRA. Half of `r` trained in more cases than `r`, which can
+            make gradients explode, and more slowly where both do; see docs/evidence.md. Of `paper()` it is `r`: Eq. 5
+            has no scaling.
         pte_dropout (`float`):
             Dropout on the input of `B`. It is active in rollouts too if the model is in train mode.
         window_size (`int` or `"prompt"`):
@@ -108,7 +110,7 @@ class PTEConfig(PeftConfig):
     num_global_tokens: int = field(
         default=32, metadata={"help": "Number of learned tokens that make the initial state; 0 means S_0 = 0."}
     )
-    pte_alpha: float = field(default=32, metadata={"help": "The update is scaled by pte_alpha / r."})
+    pte_alpha: float = field(default=16, metadata={"help": "The update is scaled by pte_alpha / r."})
     pte_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of B."})
     window_size: Union[int, Literal["prompt"]] = field(
         default=1024,
@@ -178,6 +180,7 @@ class PTEConfig(PeftConfig):
         """The rule and settings of the paper to the letter (Eq. 3 to 6); keyword arguments override single fields."""
         settings: dict[str, Any] = dict(
             r=32,
+            pte_alpha=overrides.get("r", 32),
             num_global_tokens=32,
             state_update="sum",
             state_norm="write",

@@ -82,7 +82,8 @@ def test_paper_settings() -> None:
     assert (config.r, config.num_global_tokens, config.window_size, config.eviction_ratio) == (32, 32, "prompt", 0.25)
     assert (config.state_update, config.state_norm, config.retained_prefix) == ("sum", "write", "prompt")
     assert PTEConfig.paper(window_size=768).window_size == 768
-    assert (PTEConfig().state_update, PTEConfig().state_norm) == ("delta", "bound")
+    assert (PTEConfig.paper().pte_alpha, PTEConfig.paper(r=8).pte_alpha) == (32, 8)  # scaling 1
+    assert (PTEConfig().state_update, PTEConfig().state_norm, PTEConfig().pte_alpha) == ("delta", "bound", 16)
     assert PTEConfig(state_update="sum").state_norm == "read"
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence --task recall                 # base, all arms, 5 seeds, on 2 CPU cores
     python benchmarks/evidence --task recall --arms PTE --seeds 3       # one cell again
-    python benchmarks/evidence --task recall --design                   # what differs from the default in one choice
+    python benchmarks/evidence --task recall --design                   # what differs from "PTE" in one choice
     python benchmarks/evidence --task recall --steps 1500               # a table of its own
     python benchmarks/evidence --task variables --rl                    # GRPO from a supervised start
     python benchmarks/evidence --task recall --quick --output outputs/evidence   # minutes, to see that it runs
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these again, though they are there")
-    parser.add_argument("--design", action="store_true", help="the arms that differ from the default in one choice")
+    parser.add_argument("--design", action="store_true", help="the arms that differ from PTE in one choice")
     parser.add_argument(
         "--rl", action="store_true", help="GRPO from a supervised start, of which --steps are the steps"
     )

@@ -12,7 +12,7 @@ import torch
 from arms import ARMS
 from tasks import TASKS
 
-REFERENCE = "PTE"  # the default, which the other arms are compared with, seed by seed
+REFERENCE = "PTE"  # which the other arms are compared with, seed by seed
 GATE = 0.95
 BLIND = 0.15  # how far above a uniform guess the base may be that does not see the evidence: answers are not uniform
 RESAMPLES = 10_000
