@@ -333,7 +333,7 @@ class Rule110(Task):
     """
 
     name = "rule110"
-    solved_loss = 0.05  # less was not enough without filler
+    solved_loss = 0.05  # with 0.2 the accuracy without filler was 0.94
 
     def __init__(self, most_width: int = 32, most_steps: int = 8):
         self.places, self.cells, self.steps = symbols(most_width, 2, most_steps)
