@@ -59,7 +59,8 @@ MAIN_ARMS: dict[str, Arm] = {
     "PTE, no global tokens": pte(num_global_tokens=0),
     "PTE": pte(),
 }
-# One choice changed at a time from "PTE", which is the package's default but for its scaling of 1 (there it is 1/2).
+# One choice changed at a time from "PTE", which has the package's default rule but a scaling of 1 (there it is 1/2).
+# With rank 32 two, to see what keeps its training from collapsing.
 DESIGN_ARMS: dict[str, Arm] = {
     "PTE, sum, bounded": pte(state_update="sum", state_norm="bound"),
     "PTE, sum, bounded, transposed read": replace(
