@@ -1,6 +1,10 @@
 """Progressive Thought Encoding (arXiv 2602.16839) as a PEFT method. Importing this package registers it with PEFT."""
 
-from .registration import ensure_peft_type, register
+from .host import check_versions
+
+check_versions()  # before anything that an old version does not have
+
+from .registration import ensure_peft_type, register  # noqa: E402  (see above)
 
 ensure_peft_type()  # before the configuration, whose peft_type it is
 

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from torch import nn
 
+from .host import CACHE_NAMES, cache_argument, versions
 from .rotary import rotation_of
 
 # Projections of an attention module, by their names in transformers.
@@ -58,6 +59,11 @@ def find_decoder(model: nn.Module) -> nn.Module:
             "are Llama, Qwen2, Qwen3, Mistral, Phi-3, OLMo2, Granite, GLM-4, SmolLM3 and relatives."
         )
     decoder = decoders[0]
+    if cache_argument(type(decoder).forward) is None:
+        refuse(
+            f"the forward of {type(decoder).__name__} takes no cache under any name that is known "
+            f"({' or '.join(map(repr, CACHE_NAMES))}). Installed: {versions()}."
+        )
     config = decoder.config
     attentions = list(attention_modules(decoder).values())
     if [a.layer_idx for a in attentions] != list(range(config.num_hidden_layers)):

@@ -31,6 +31,7 @@ from peft_pte_kernels import decode_attention
 
 from .encoder import ENCODER_NAME
 from .families import attention_modules
+from .host import call_with_cache
 from .snapshot import Snapshot, Unsupported, refuse_model
 
 if TYPE_CHECKING:
@@ -223,11 +224,13 @@ class DecodeStep:
         self.attended = 0
         self.length = (self.slot + 1).int()
         with self._our_attention():
-            output = self.original(
+            output = call_with_cache(
+                self.decoder,
+                self.original,
+                self.cache,
                 input_ids=self.ids,
                 attention_mask=None,
                 position_ids=self.positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
             )

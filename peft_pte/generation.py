@@ -11,6 +11,7 @@ from torch import nn
 
 from .cache import PTECache, refuse_rollback
 from .hooks import current_prompt, named_arguments
+from .host import cache_in, rename_cache
 
 
 class SampledLogProbs:
@@ -73,16 +74,17 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
             f"`cache_implementation={implementation!r}` is not supported with PTE, whose cache is bounded already: "
             "static, offloaded, quantised and paged caches would lose the thoughts. Leave it out."
         )
-    if call.get("past_key_values") is not None:
-        PTECache.adopt(call["past_key_values"])
+    cache = cache_in(call)
+    if cache is not None:
+        PTECache.adopt(cache)
     inputs = call.get("inputs_embeds")
     for name in ("input_ids", "inputs"):
         inputs = call.get(name) if inputs is None else inputs
     # Without inputs, `generate` starts from the BOS token.
     token = current_prompt.set((attachment.decoder, 1 if inputs is None else inputs.shape[1]))
+    args, kwargs = (), rename_cache(dict(call), type(top).generate)
     recorder = current_recorder.get()
     if recorder is not None:
-        args, kwargs = (), dict(call)
         for name, function in (("logits_processor", recorder.process), ("stopping_criteria", recorder.note)):
             kwargs[name] = [*(call.get(name) or ()), function]
     try:

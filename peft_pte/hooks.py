@@ -28,6 +28,7 @@ from .encoder import ENCODER_NAME, ThoughtEncoder
 from .families import SPLIT_PROJECTIONS
 from .fast_decode import replayed_step
 from .heads import Head, as_output, current_head, current_hidden, first_labels, needed_columns, token_logprobs
+from .host import CACHE_NAMES, cache_in, call_with_cache, rename_cache, set_cache, take_cache, versions
 from .layer import AttentionCall, Linear
 from .replay import join_outputs, replay
 from .segments import layer_checkpointing_off
@@ -98,7 +99,7 @@ def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         call = named_arguments(type(top).forward, args, kwargs)
         border = border_of(call, prompt_lengths, keeps_prompt=policy is not None and policy.retained_prefix == "prompt")
     current_border.set((attachment.decoder, border))
-    return args, kwargs
+    return args, kwargs if policy is None else rename_cache(kwargs, type(top).forward)
 
 
 def forget_border(top: nn.Module, args: tuple, output: Any) -> None:
@@ -113,7 +114,7 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
     int `logits_to_keep` > 1 (TRL's way to ask for the logits of the completion and of the token before it).
     """
     x = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-    past = call.get("past_key_values")
+    past = cache_in(call)
     if x is None or (past is not None and past.get_seq_length()):
         if prompt_lengths is not None:
             raise ValueError("`prompt_lengths` was given with a cache that holds tokens: its prompt border is known.")
@@ -174,9 +175,8 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     inputs = take_inputs(kwargs)
     (x,) = inputs.values()
     batch_size, length = x.shape[:2]
-    cache, explicit_cache, return_dict = (
-        kwargs.pop(name, None) for name in ("past_key_values", "use_cache", "return_dict")
-    )
+    cache = take_cache(kwargs)
+    explicit_cache, return_dict = (kwargs.pop(name, None) for name in ("use_cache", "return_dict"))
     kwargs["return_dict"] = True
     use_cache = decoder.config.use_cache if explicit_cache is None else explicit_cache
     prompt = current_prompt.get()
@@ -224,7 +224,7 @@ def base_forward(
     original: Callable[..., Any], border: torch.Tensor | None, head: Head | None, kwargs: dict[str, Any]
 ) -> Any:
     """The decoder's own forward, with the adapter off: the base model with its full cache."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if isinstance(cache, PTECache) and cache.is_bound:
         raise ValueError(
             "The PTE adapter is off, but `past_key_values` was filled with it on. The base model cannot go on from a "
@@ -279,18 +279,20 @@ def cached_forward(
         with layer_checkpointing_off(decoder):
             output = replayed_step(decoder, original, cache, inputs, step_mask, positions, kwargs)
             if output is None:
-                output = original(
+                output = call_with_cache(
+                    decoder,
+                    original,
+                    cache,
                     **{name: tensor[:, start:end] for name, tensor in inputs.items()},
                     attention_mask=step_mask,
                     position_ids=positions[:, start:end],
-                    past_key_values=cache,
                     use_cache=True,
                     **kwargs,
                 )
             outputs.append(output)
         start = end
     output = join_outputs(outputs)
-    output.past_key_values = cache
+    set_cache(output, cache)
     return output
 
 
@@ -354,12 +356,15 @@ def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     encoder = getattr(attention, ENCODER_NAME)
     if not encoder.live_adapters:
         return
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     layer = cache.layers[attention.layer_idx] if cache is not None else None
     if not hasattr(layer, "states_for"):
         raise RuntimeError(
             f"Layer {attention.layer_idx} was called without PTE's cache (got {type(cache).__name__}), so its thoughts "
-            "would be lost in silence. Call the model, not its layers, and do not replace its decoder's forward."
+            "would be lost in silence. Likely causes: the decoder's layers are called on their own instead of the "
+            "model; the decoder's `forward` was replaced after the adapter was attached; a gradient checkpointing of "
+            f"somebody else's drops the cache; or the model's code hands its cache on under a name other than "
+            f"{' or '.join(map(repr, CACHE_NAMES))}. Installed: {versions()}."
         )
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     states = layer.states_for(encoder, attention, hidden_states.shape[0])

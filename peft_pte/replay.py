@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .config import CachePolicy
 from .heads import Head, as_output, needed_columns
+from .host import CACHE_NAMES
 from .layout import Layout
 from .schedule import Schedule, Segment, stored_columns
 from .segments import Gone, LayerPast, Stored, checkpoints_layers, run_checkpointed, run_segment
@@ -241,7 +242,7 @@ def join_outputs(
 
     result = {}
     for name, value in outputs[0].items():
-        if name == "past_key_values":  # None, or the caller's, who adds it again
+        if name in CACHE_NAMES:  # None, or the caller's, who adds it again
             continue
         if name == "last_hidden_state":
             result[name] = join(*(output[name] for output in outputs))

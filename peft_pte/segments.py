@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .encoder import Evicted, ThoughtEncoder
+from .host import call_with_cache, set_cache
 from .rotary import KeyPositions
 
 
@@ -197,8 +198,8 @@ def run_segment(
         evicted = [lambda index=index: gone.of_layer(index, positions) for index in range(len(past))]
     layers = [SegmentLayer(*layer, gone_here, num_seen) for layer, gone_here in zip(past, evicted)]
     with layer_checkpointing_off(decoder), input_gradients_off(decoder):
-        output = forward(past_key_values=SegmentCache(layers=layers), use_cache=False, **kwargs)
-    output.past_key_values = None  # else the outputs would keep every segment's past alive
+        output = call_with_cache(decoder, forward, SegmentCache(layers=layers), use_cache=False, **kwargs)
+    set_cache(output, None)  # else the outputs would keep every segment's past alive
     if head is not None:
         hidden_states = output.last_hidden_state
         # A clone, because a slice would keep the hidden states of the whole segment alive.
