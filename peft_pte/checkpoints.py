@@ -17,6 +17,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from .model_card import add_loading_code
+
 # Beside the checkpoints, hence on the same filesystem. It is no checkpoint by its name, and the Trainer's uploads to
 # the Hub leave out what begins with an underscore.
 STAGING = "_incomplete"
@@ -99,6 +101,14 @@ class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
         if self.args.should_save and self.args.save_total_limit == 1 and best is not None and Path(best).exists():
             self._rotate(Path(self._get_output_dir(trial)), [best], limit=1)
         return super()._finalize_training(trial, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, which writes the card anew; it begins with how to load the adapter."""
+        super().create_model_card(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and any(hasattr(module, "pte_attachment") for module in model.modules()):
+            base = getattr(model.config, "_name_or_path", None)
+            add_loading_code(self.args.output_dir, base, adapter=self.hub_model_id)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else the folder is renamed while it is uploaded

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+
+from .model_card import CARD, add_loading_code
 
 
 class CachePolicy(NamedTuple):
@@ -188,6 +191,17 @@ class PTEConfig(PeftConfig):
             retained_prefix="prompt",
         )
         return cls(**(settings | overrides))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; as a part of saving a model, the model card too learns how the adapter is loaded."""
+        of_model = "auto_mapping_dict" in kwargs  # PEFT passes it then, and has written the card before
+        super().save_pretrained(save_directory, **kwargs)
+        if of_model:
+            folder, base = Path(save_directory), self.base_model_name_or_path
+            if (folder / CARD).is_file():
+                add_loading_code(folder, base)
+            else:  # an adapter with a name of its own lies in a subfolder of the model's
+                add_loading_code(folder.parent, base, subfolder=folder.name)
 
     @property
     def cache_policy(self) -> CachePolicy:

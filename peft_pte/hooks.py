@@ -43,6 +43,14 @@ UNKNOWN_BORDER = (
     "begins) or `labels` (-100 on the prompt). If the whole input is a prompt, pass `use_cache=True` or wrap the call "
     "in `torch.no_grad()` with the cache on."
 )
+GUESSED_PROMPT = (
+    "PTE was called outside of `generate` with {length} tokens, more than its window (window_size={window!r}), and "
+    "nothing says where the prompt ends. All of them are taken as a prompt, which is never evicted: these are logits "
+    "of the full cache, not of the policy that `generate` samples from. To score a text, pass `prompt_lengths` "
+    "([batch], the column of each row at which its completion begins) or `labels` (-100 on the prompt), or use "
+    "`peft_pte.sequence_logprobs`; in lm-evaluation-harness, `python -m peft_pte -m lm_eval --model pte-hf`. If it is "
+    "a prompt, pass `use_cache=True`."
+)
 
 
 class Attachment:
@@ -197,6 +205,8 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
                 raise ValueError(UNKNOWN_BORDER.format(length=length, window=policy.window_size))
             # The whole row may count as prompt; a head is asked for all of it.
             border = torch.full((batch_size,), length if head is None else 0, device=x.device)
+        elif keeps_prompt and not (fits or explicit_cache or prompt_length is not None):
+            warnings.warn(GUESSED_PROMPT.format(length=length, window=policy.window_size), stacklevel=2)
     if makes_cache:
         cache = PTECache()
     if cache is not None:

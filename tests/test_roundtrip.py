@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -95,6 +96,37 @@ def test_on_the_hub_it_is_found_as_pte(saved: tuple[Path, torch.Tensor]) -> None
     assert isinstance(PeftConfig.from_pretrained(folder / "adapter"), PTEConfig)
     card = ModelCard.load(folder / "adapter" / "README.md")
     assert {"pte", "peft_pte"} <= set(card.data.tags) and card.data.library_name == "peft"
+
+
+def loading_code(folder: Path) -> str:
+    """The first block of Python in a model card."""
+    return (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_model_card_begins_with_code_that_loads_the_adapter(
+    saved: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, expected = saved
+    base = str(folder / "base")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))  # else the folder counts as temporary
+    monkeypatch.chdir(folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), "adapter")
+    model.load_adapter("adapter", "second")
+    for _ in range(2):  # a card that is there is brought up to date, not doubled
+        model.save_pretrained(folder / "adapter", selected_adapters=["default"])
+    model.save_pretrained(folder / "two", selected_adapters=["second"])
+    card = ModelCard.load(folder / "adapter" / "README.md")
+    assert card.text.strip().startswith("<!-- how to load") and card.text.count("## Loading this adapter") == 1
+    for name in ("adapter", "two"):
+        code, loaded = loading_code(folder / name), {}
+        assert code.startswith("import peft_pte") and f"from_pretrained({base!r})" in code
+        exec("\n".join(line for line in code.splitlines() if not line.startswith("tokenizer")), loaded)
+        assert relative_error(logits(loaded["model"]), expected) <= 1e-5
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # as for `push_to_hub`
+    model.save_pretrained(folder / "upload", selected_adapters=["default"])
+    assert "from_pretrained(base, 'this repository')" in loading_code(folder / "upload")
+    model.peft_config["default"].save_pretrained(folder / "config only")
+    assert [path.name for path in (folder / "config only").iterdir()] == ["adapter_config.json"]
 
 
 SCRIPT = """
