@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -57,7 +58,7 @@ Batch = dict[str, torch.Tensor]
 # What --tiny changes: sizes, and a learning rate for a model of 64 dimensions.
 TINY = dict(
     batch_size=256,
-    per_device_batch_size=256,
+    per_device_batch_size=None,
     num_generations=8,
     max_completion_length=32,
     learning_rate=1e-3,
@@ -202,8 +203,10 @@ class Chains:
         model = LlamaForCausalLM(config)
         torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)
         supervise(model, cls.batches(32, seed, questions=(1, 4, 4)), steps, learning_rate=3e-3, until=0.01)
-        model.save_pretrained(folder)
-        cls.tokenizer().save_pretrained(folder)
+        staging = folder.with_name(f"_{folder.name}")  # a base that is there is complete
+        model.save_pretrained(staging)
+        cls.tokenizer().save_pretrained(staging)
+        os.replace(staging, folder)
 
     @classmethod
     @torch.no_grad()
@@ -323,17 +326,14 @@ def peak_mib() -> float:
 
 
 def make_trainer(options: argparse.Namespace, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> GRPOTrainer:
-    cuda, world = torch.cuda.is_available() and not options.tiny, int(os.environ.get("WORLD_SIZE", 1))
-    accumulation, rest = divmod(options.batch_size, options.per_device_batch_size * world)
-    if rest or not accumulation:
-        raise SystemExit(f"--batch-size must be a multiple of --per-device-batch-size x {world} processes.")
+    cuda = torch.cuda.is_available() and not options.tiny
     arguments = GRPOConfig(
         output_dir=str(options.run),
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         per_device_train_batch_size=options.per_device_batch_size,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=options.batch_size // (options.per_device_batch_size * options.world),
         num_generations=options.num_generations,
         max_completion_length=options.max_completion_length,
         num_train_epochs=options.epochs,
@@ -419,7 +419,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-global-tokens", type=int, default=32)
     add("--learning-rate", type=float, default=1e-5)
     add("--batch-size", type=int, default=512, help="rollouts a step, over all processes")
-    add("--per-device-batch-size", type=int, default=8, help="rollouts in one backward pass")
+    add("--per-device-batch-size", type=int, default=8, help="rollouts in one backward pass (--tiny: all)")
     add("--num-generations", type=int, default=8, help="rollouts of one problem")
     add("--max-completion-length", type=int, default=3072)
     add("--epochs", type=float, default=1.0)
@@ -437,6 +437,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.output = Path(options.output)
     options.run = options.output / f"{options.arm}-{options.seed}"
+    options.world = int(os.environ.get("WORLD_SIZE", 1))
+    if options.per_device_batch_size is None:
+        options.per_device_batch_size = max(1, options.batch_size // options.world)
+    if options.batch_size <= 0 or options.batch_size % (options.per_device_batch_size * options.world):
+        parser.error(
+            f"--batch-size ({options.batch_size}) must be a multiple of --per-device-batch-size "
+            f"({options.per_device_batch_size}) x {options.world} processes"
+        )
     return options
 
 
@@ -456,8 +464,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.tiny:
         torch.set_num_threads(1)
         options.model = options.output / f"base-{options.seed}"
-        if not options.model.exists():
-            Chains.make_base(options.model, options.base_steps, options.seed)
+        with PartialState(cpu=True).main_process_first():  # the others find it made
+            if not options.model.exists():
+                Chains.make_base(options.model, options.base_steps, options.seed)
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .compiling import decides
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .generation import GENERATION_METHODS
 from .hooks import Attachment, around_decoder, find_border, forget_border, hand_over_state, take_state_back
@@ -23,6 +24,7 @@ def wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
     """
     setattr(module, f"pte_original_{name}", module.__dict__.get(name))
 
+    @decides
     @functools.wraps(getattr(type(module), name))
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         original = self.__dict__.get(f"pte_original_{name}") or functools.partial(getattr(type(self), name), self)

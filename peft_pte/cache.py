@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
+from .compiling import uncompiled
 from .config import CachePolicy
 from .encoder import Evicted, ThoughtEncoder
 from .eviction import evict_at_once
@@ -202,6 +203,7 @@ class PTECache(DynamicCache):
         """Whether a PTE model has used this cache."""
         return self.policy is not None
 
+    @uncompiled
     def bind(self, policy: CachePolicy, adapters: tuple[str, ...], num_layers: int, batch_size: int) -> None:
         """Fix policy and adapters at first use; later, check that they are still the same."""
         if not self.is_bound:
@@ -222,6 +224,7 @@ class PTECache(DynamicCache):
                 "`batch_repeat_interleave` or `batch_select_indices` to change the number of rows."
             )
 
+    @uncompiled
     def begin_prompt(self, mask: torch.Tensor | None, new_length: int, prompt_length: int | None) -> None:
         """Tell the cache, before its first tokens and while the prompt comes in, where prompt and prefix end.
 
@@ -262,12 +265,14 @@ class PTECache(DynamicCache):
     def _num_thoughts(self, row: int) -> int:
         return self.stored_length - self.lead[row] - self.prefix[row]
 
+    @uncompiled
     def room(self) -> int:
         """How many tokens all rows can take before one of them must evict; only after `evict`."""
         if self.schedule is None:  # in the prompt, with window_size="prompt": nothing to evict yet
             return self.prompt_length - self.get_seq_length()
         return min(self.schedule.room(self._num_thoughts(row)) for row in range(len(self.lead)))
 
+    @uncompiled
     def evict(self, mask: torch.Tensor | None, decoder: nn.Module) -> None:
         """Let the oldest thoughts of all rows that are full leave.
 
@@ -313,6 +318,7 @@ class PTECache(DynamicCache):
         self.lead = [length - drop for length in lead]
         self.evicted = [evicted + n * is_full for evicted, is_full in zip(self.evicted, full)]
 
+    @uncompiled
     def compact_mask(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor | None:
         """The caller's mask [B, seen + new_length] without evicted columns: [B, stored + new_length]."""
         if mask is None and not any(self.lead):
@@ -335,6 +341,7 @@ class PTECache(DynamicCache):
         index = torch.tensor(columns, device=mask.device)
         return mask.gather(1, index).masked_fill(torch.tensor(empty, device=mask.device), 0)
 
+    @uncompiled
     def begin_step(self, positions: torch.Tensor) -> None:
         """Note the absolute positions [B, q] of the tokens that the layers are about to store."""
         limit = (self.schedule.window + max(map(sum, zip(self.lead, self.prefix)))) if self.schedule else 0

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from peft_pte_kernels import decode_attention
 
+from .compiling import uncompiled
 from .encoder import ENCODER_NAME
 from .families import attention_modules
 from .host import call_with_cache
@@ -328,6 +329,7 @@ def first_slots(mask: torch.Tensor) -> torch.Tensor | None:
     return None if bool(gaps) else valid.shape[1] - valid.sum(-1)
 
 
+@uncompiled
 def replayed_step(
     decoder: nn.Module,
     original: Callable[..., BaseModelOutputWithPast],

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .cache import PTECache, refuse_rollback
@@ -56,6 +57,7 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
     attachment = getattr(top, "pte_attachment", None)
     if attachment is None or attachment.active()[0] is None:
         return original(*args, **kwargs)
+    refuse_ungathered(top)
     call = named_arguments(type(top).generate, args, kwargs)
     configs = (call.get("generation_config"), top.generation_config)
     sources = [call, *(vars(config) for config in configs if config is not None)]
@@ -91,6 +93,28 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
         return original(*args, **kwargs)
     finally:
         current_prompt.reset(token)
+
+
+def refuse_ungathered(top: nn.Module) -> None:
+    """FSDP2 gathers what it has sharded in `forward`, and nothing in `generate`, which calls the model inside of it.
+
+    Raises:
+        RuntimeError: the embeddings are still sharded; said by name, since torch's own words are about operators.
+    """
+    if not dist.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    embeddings = top.get_input_embeddings()
+    if isinstance(embeddings, FSDPModule) or not isinstance(embeddings.weight, DTensor):
+        return
+    if any(isinstance(module, FSDPModule) for module in top.modules()):
+        raise RuntimeError(
+            "`generate` was called on a model that FSDP2 (`fully_shard`) has sharded and not gathered: it gathers "
+            "parameters in `forward` only. Call `torch.distributed.fsdp.register_fsdp_forward_method(model, "
+            "'generate')` once after `fully_shard(model)`, for the module that you call `generate` on."
+        )
 
 
 def around_continuous_batching(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache import PTECache
+from .compiling import decides, uncompiled
 from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .families import SPLIT_PROJECTIONS
@@ -87,6 +88,7 @@ class Attachment:
         return torch.is_grad_enabled() and any(p.requires_grad for e in self.encoders for p in e.parameters())
 
 
+@uncompiled
 def named_arguments(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a method call by name."""
     if not args:  # transformers calls by name, for every token
@@ -97,6 +99,7 @@ def named_arguments(method: Callable[..., Any], args: tuple, kwargs: dict[str, A
 # ------------------------------------------------------------------------------------------------ H1: the prompt border
 
 
+@uncompiled
 def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the top model: take `prompt_lengths` out of the call and note the border."""
     attachment = top.pte_attachment
@@ -110,6 +113,7 @@ def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     return args, kwargs if policy is None else rename_cache(kwargs, type(top).forward)
 
 
+@uncompiled
 def forget_border(top: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of the top model, called on errors too."""
     current_border.set(None)
@@ -155,6 +159,7 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
                     "Set the labels of the prompt to -100, or pass `prompt_lengths`.",
                     stacklevel=2,
                 )
+            warn_of_turns(labels.to(x.device), border, mask)
         return border
     logits_to_keep = call.get("logits_to_keep")
     if isinstance(logits_to_keep, int) and logits_to_keep > 1:
@@ -162,9 +167,28 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
     return None
 
 
+def warn_of_turns(labels: torch.Tensor, border: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Say what several turns in a row mean: the first label is the border, whatever comes after it."""
+    columns = torch.arange(labels.shape[1], device=labels.device)
+    labelled = labels != -100
+    last = torch.where(labelled, columns, -1).amax(-1, keepdim=True)
+    between = ~labelled & (columns > border[:, None]) & (columns < last)
+    if mask is not None:
+        between &= mask[:, : labels.shape[1]].to(labels.device).bool()
+    if bool(between.any()):
+        warnings.warn(
+            "The labels have gaps: several turns, of which only the assistant's are learned. PTE takes what is before "
+            "the first label as the prompt; later turns, of the user too, stream through the window like thoughts. A "
+            "served chat, where every answer is a `generate` of its own, keeps the whole history as its prompt: to "
+            "train that, make a row of each answer, with the history before it as its prompt.",
+            stacklevel=2,
+        )
+
+
 # ------------------------------------------------------------------------------------------- H2: the decoder's forward
 
 
+@decides
 def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward under the bounded cache: with a cache, step by step; without, as a replay."""
     if current_hidden.get() is not None:  # a head asks the top model for the logits of these
@@ -230,6 +254,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     return output if return_dict is not False else output.to_tuple()
 
 
+@decides
 def base_forward(
     original: Callable[..., Any], border: torch.Tensor | None, head: Head | None, kwargs: dict[str, Any]
 ) -> Any:
@@ -248,6 +273,7 @@ def base_forward(
     return as_output(output.last_hidden_state, *head(output.last_hidden_state, ids.roll(-1, dims=1), needed))
 
 
+@uncompiled
 def take_inputs(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Take the one of `input_ids` [B, T] and `inputs_embeds` [B, T, D] that was given out of the call."""
     given = {name: kwargs.pop(name, None) for name in ("input_ids", "inputs_embeds")}
@@ -257,6 +283,7 @@ def take_inputs(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     return inputs
 
 
+@decides
 def cached_forward(
     decoder: nn.Module,
     original: Callable[..., BaseModelOutputWithPast],
@@ -306,6 +333,7 @@ def cached_forward(
     return output
 
 
+@uncompiled
 def positions_of(
     position_ids: torch.Tensor | None, mask: torch.Tensor | None, length: int, seen: int, device: torch.device
 ) -> torch.Tensor:
@@ -325,6 +353,7 @@ def positions_of(
     return torch.arange(seen, seen + length, device=device)[None]
 
 
+@uncompiled
 def refuse_arguments(kwargs: dict[str, Any]) -> None:
     """Arguments of the decoder that PTE cannot honour."""
     packed = [
@@ -345,6 +374,7 @@ def refuse_arguments(kwargs: dict[str, Any]) -> None:
         )
 
 
+@uncompiled
 def refuse_packing(positions: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Positions that start again inside a row mean several sequences in one row."""
     steps = positions.diff(dim=-1)

@@ -19,6 +19,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .compiling import decides, uncompiled
+
 # The oldest versions that the tests pass with, and the newest that was tried.
 OLDEST = {"transformers": "5.17.0", "peft": "0.20.0"}
 NEWEST_TRIED = {"transformers": "5.24.0", "peft": "0.21.2"}
@@ -101,6 +103,7 @@ def rename_cache(arguments: dict[str, Any], function: Callable[..., Any]) -> dic
     return {key: value for key, value in arguments.items() if key not in CACHE_NAMES} | {name: cache}
 
 
+@uncompiled
 def take_cache(arguments: dict[str, Any]) -> Cache | None:
     """As `cache_in`, and take it out of the arguments."""
     cache = cache_in(arguments)
@@ -109,6 +112,7 @@ def take_cache(arguments: dict[str, Any]) -> Cache | None:
     return cache
 
 
+@decides
 def call_with_cache(
     decoder: nn.Module, forward: Callable[..., BaseModelOutputWithPast], cache: Cache, **kwargs: Any
 ) -> BaseModelOutputWithPast:
@@ -116,6 +120,7 @@ def call_with_cache(
     return forward(**{cache_argument(type(decoder).forward): cache}, **kwargs)
 
 
+@uncompiled
 def set_cache(output: Any, cache: Cache | None) -> None:
     """Put a cache into a model output, or take it out."""
     setattr(output, cache_name_of(type(output)) or CACHE_NAME, cache)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .compiling import uncompiled
 from .config import CachePolicy
 
 
@@ -24,6 +25,7 @@ class Layout:
     source: torch.Tensor | None  # [B, T'] caller's columns, None: columns stay where they are
 
     @classmethod
+    @uncompiled
     def create(cls, valid: torch.Tensor, border: torch.Tensor | None, policy: CachePolicy) -> Layout:
         """`valid` [B, T] bool; `border` [B]: the caller's column of each row's first thought."""
         batch_size, length = valid.shape
@@ -50,6 +52,7 @@ class Layout:
             return cls(prefix, window, offset, valid.gather(1, source) & inside, source)
         return cls(prefix, window, offset, valid[:, : prefix + num_thoughts], None)
 
+    @uncompiled
     def place(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] in the caller's columns -> [B, T', ...]."""
         if self.source is None:
@@ -57,6 +60,7 @@ class Layout:
         index = self.source.view(*self.source.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
         return x.gather(1, index)
 
+    @uncompiled
     def restore(self, x: torch.Tensor, length: int) -> torch.Tensor:
         """[B, T', ...] -> [B, T, ...] in the caller's columns, zero where nothing was computed (padding)."""
         if self.source is None and x.shape[1] == length:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .compiling import decides, uncompiled
 from .config import CachePolicy
 from .heads import Head, as_output, needed_columns
 from .host import CACHE_NAMES
@@ -57,6 +58,7 @@ class Replay:
     def new_past(self) -> list[LayerPast]:
         return [LayerPast() for _ in range(self.decoder.config.num_hidden_layers)]
 
+    @uncompiled
     def take_evicted(self, past: list[LayerPast], segment: Segment) -> Gone:
         """What leaves before the segment, removed from the past."""
         end = self.layout.prefix + segment.num_evicted
@@ -65,6 +67,7 @@ class Replay:
         valid = None if self.mask is None else self.mask[:, columns]
         return Gone(pieces, self.decoder.rotary_emb, self.positions[:, columns], valid)
 
+    @decides
     def run(
         self,
         segment: Segment,
@@ -99,6 +102,7 @@ class Replay:
             layer.cores = {name: Stored(core) for name, core in new_cores.items()}
         return output
 
+    @decides
     def run_all(self, truncated: bool, checkpointed: bool, offload: bool = False) -> list[BaseModelOutputWithPast]:
         """All segments, with ordinary autograd.
 
@@ -137,6 +141,7 @@ class Replay:
         return run(self.decoder, self.forward, None, past, None, 0, kwargs).output.last_hidden_state[..., :0].sum()
 
 
+@uncompiled
 def num_missing(decoder: nn.Module, num_segments: int, device: torch.device) -> int:
     """How many segments more than here the longest sequence of all processes has, if parameters are sharded.
 
@@ -149,6 +154,7 @@ def num_missing(decoder: nn.Module, num_segments: int, device: torch.device) -> 
     return int(most) - num_segments
 
 
+@decides
 def replay(
     decoder: nn.Module,
     forward: Callable[..., BaseModelOutputWithPast],
@@ -225,6 +231,7 @@ def replay(
     return join_outputs(outputs, lambda joined: layout.restore(joined, length))
 
 
+@uncompiled
 def join_outputs(
     outputs: list[BaseModelOutputWithPast], restore: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> BaseModelOutputWithPast:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .compiling import decides, uncompiled
 from .encoder import Evicted, ThoughtEncoder
 from .host import call_with_cache, set_cache
 from .rotary import KeyPositions
@@ -182,6 +183,7 @@ class Result(NamedTuple):
     cores: list[dict[str, torch.Tensor]]
 
 
+@decides
 def run_segment(
     decoder: nn.Module,
     forward: Callable[..., BaseModelOutputWithPast],
@@ -208,6 +210,7 @@ def run_segment(
     return Result(output, [layer.new for layer in layers], [layer.new_cores for layer in layers])
 
 
+@decides
 def run_checkpointed(*arguments: Any) -> Result:
     """As `run_segment`, which is called again in the backward pass."""
     return checkpoint(run_segment, *arguments, use_reentrant=False)
@@ -218,6 +221,7 @@ def flagged_modules(decoder: nn.Module) -> list[nn.Module]:
     return [module for module in (decoder, *decoder.layers) if getattr(module, "gradient_checkpointing", False)]
 
 
+@uncompiled
 def checkpoints_layers(decoder: nn.Module) -> bool:
     """Whether gradient checkpointing was switched on for the model.
 

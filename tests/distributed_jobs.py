@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from models import tiny_model, with_adapter
 from processes import group
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from peft_pte import sequence_logprobs
 
@@ -73,11 +73,16 @@ def ddp_step(model: nn.Module, batches: list[Rows], case: Case) -> nn.Module:
     return wrapped
 
 
-def fsdp2_step(model: nn.Module, batches: list[Rows], case: Case) -> nn.Module:
-    """As `ddp_step`, sharded as accelerate does it on GPUs (on the CPU it does not): each layer, then the rest."""
+def shard(model: nn.Module) -> None:
+    """As accelerate does it on GPUs (on the CPU it does not): each layer, then the rest."""
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, reshard_after_forward=True)
     fully_shard(model, reshard_after_forward=True)
+
+
+def fsdp2_step(model: nn.Module, batches: list[Rows], case: Case) -> nn.Module:
+    """As `ddp_step`, on a sharded model."""
+    shard(model)
     for number, rows in enumerate(batches, start=1):
         model.set_requires_gradient_sync(number == len(batches))
         (loss_of(model, rows, case) * dist.get_world_size()).backward()
@@ -97,6 +102,24 @@ def results(strategy: str, case: Case) -> dict[str, torch.Tensor]:
         found["loss"] = sum(loss_of(wrapped, rows, case) for rows in batches)
     dist.all_reduce(found["loss"])
     return found
+
+
+def generate(rank: int, world: int, folder: Path, prompts: list[tuple[int, int]]) -> None:
+    """One process that generates from its own prompt on a sharded model, with as many steps as the others."""
+    with group(rank, world, folder):
+        model = with_adapter(tiny_model("llama"), window_size=6, eviction_ratio=0.5)
+        inputs = batch([prompts[rank]])
+        del inputs["labels"]
+        options = dict(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None)
+        expected = model.generate(**options)
+        shard(model)
+        try:
+            model.generate(**options)
+            refused = ""
+        except RuntimeError as error:
+            refused = str(error)
+        register_fsdp_forward_method(model, "generate")
+        torch.save((expected, model.generate(**options), refused), folder / f"results-{rank}.pt")
 
 
 def work(rank: int, world: int, folder: Path, strategy: str, cases: list[Case]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_jobs import Case, build, loss_of, work
+from distributed_jobs import Case, build, generate, loss_of, work
 from processes import run_group
 
 # Tokens of prompts and of whole rows. With a window of 6 the batches are computed in 8, 3 and 1 segments.
@@ -58,3 +58,12 @@ def test_two_processes_have_the_gradients_of_one(
             for name, value in whole.items():
                 error = (found[name] - value).abs().max()
                 assert error <= tolerance * (value.abs() if name == "loss" else scale), (name, case)
+
+
+def test_generate_on_a_sharded_model(tmp_path: Path) -> None:
+    """With the method registered for FSDP2 it is as without shards; else it is refused with that advice."""
+    run_group(2, generate, tmp_path, [(4, 9), (3, 7)])
+    for rank in range(2):
+        expected, found, refused = torch.load(tmp_path / f"results-{rank}.pt")
+        assert torch.equal(found, expected)
+        assert "register_fsdp_forward_method(model, 'generate')" in refused

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,14 +18,14 @@ from models import tiny_model
 pytest.importorskip("trl", reason="TRL is an optional dependency: pip install peft-pte[grpo]")
 pytest.importorskip("tensorboard", reason="the example logs to TensorBoard: pip install peft-pte[grpo]")
 
+SCRIPT = Path(__file__).parents[1] / "examples" / "grpo_math.py"
 LOGGED = {"reward", "completions/mean_length", "cache/evicted", "cache/state_norm", "memory/peak_mib"}
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     """The script as a module: a process of its own would load everything once more."""
-    path = Path(__file__).parents[1] / "examples" / "grpo_math.py"
-    spec = importlib.util.spec_from_file_location("grpo_math", path)
+    spec = importlib.util.spec_from_file_location("grpo_math", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["grpo_math"] = module
     spec.loader.exec_module(module)
@@ -91,6 +93,30 @@ def test_lora_arm_checkpoints_what_it_trains(example: ModuleType, tmp_path: Path
 def test_resume_without_a_checkpoint_is_refused(example: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no checkpoint"):
         example.main(["--tiny", "--output", str(tmp_path), "--resume"])
+
+
+def test_batch_size_is_checked_before_any_work(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert example.arguments(["--tiny"]).per_device_batch_size == 128
+    with pytest.raises(SystemExit):
+        example.main(["--tiny", "--output", str(tmp_path / "out"), "--per-device-batch-size", "256"])
+    assert "--batch-size (256) must be a multiple of --per-device-batch-size (256) x 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_tiny_job_in_two_processes(tmp_path: Path) -> None:
+    """One of them makes the base, and both train on it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(SCRIPT), "--tiny", "--output", str(tmp_path), "--base-steps", "3", "--start-steps", "3"]
+    command += ["--batch-size", "16", "--num-generations", "4", "--max-steps", "1"]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"base-0", "pte-0"}
+    rows = list(csv.DictReader((tmp_path / "pte-0" / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["0", "1"] and float(rows[1]["evicted"]) > 0
 
 
 def test_checkpoint_and_json_lines(example: ModuleType, tmp_path: Path) -> None:

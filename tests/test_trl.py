@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +134,17 @@ def test_sft_on_completions(tmp_path: Path) -> None:
     assert {"entropy", "mean_token_accuracy"} <= logs[0].keys()
 
 
-def test_assistant_only_sft_on_conversations(tmp_path: Path) -> None:
-    """The first assistant token is the border, and only assistant tokens count."""
+@pytest.mark.parametrize("turns", [1, 2])
+def test_assistant_only_sft_on_conversations(tmp_path: Path, turns: int) -> None:
+    """The first assistant token is the border, and only assistant tokens count; what later turns mean is said."""
     words = tokenizer()
     words.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}w4 {{ m.content }} w5 {% else %}"
-        "{% generation %}{{ m.content }} w2 {% endgeneration %}{% endif %}{% endfor %}"
+        "{% generation %}{{ m.content }} w2{% endgeneration %} {% endif %}{% endfor %}"
     )
     answer = " ".join(f"w{6 + j % 4}" for j in range(20))
     rows = [
-        dict(messages=[dict(role="user", content=f"w{30 + i % 5} w7"), dict(role="assistant", content=answer)])
+        dict(messages=[dict(role="user", content=f"w{30 + i % 5} w7"), dict(role="assistant", content=answer)] * turns)
         for i in range(32)
     ]
     trainer = trl.SFTTrainer(
@@ -156,11 +158,13 @@ def test_assistant_only_sft_on_conversations(tmp_path: Path) -> None:
     )
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.model
-    assert bool((batch["labels"][:, :4] == -100).all()) and int((batch["labels"][0] != -100).sum()) == 21
-    with torch.no_grad():
+    assert bool((batch["labels"][:, :4] == -100).all()) and int((batch["labels"][0] != -100).sum()) == 21 * turns
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(
             sequence_loss(model, batch["input_ids"], batch["labels"], batch["attention_mask"]).item(), rel=1e-4
         )
+    assert any("The labels have gaps" in str(w.message) for w in caught) == (turns > 1)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[-1]["loss"] < logs[0]["loss"]
