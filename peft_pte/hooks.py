@@ -12,6 +12,7 @@ variable, because callers such as fused loss heads call the decoder on their own
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -44,11 +45,12 @@ UNKNOWN_BORDER = (
     "begins) or `labels` (-100 on the prompt). If the whole input is a prompt, pass `use_cache=True` or wrap the call "
     "in `torch.no_grad()` with the cache on."
 )
+LIBRARIES = {"peft_pte", "peft", "torch", "transformers", "accelerate"}
 GUESSED_PROMPT = (
-    "PTE was called outside of `generate` with {length} tokens, more than its window (window_size={window!r}), and "
-    "nothing says where the prompt ends. All of them are taken as a prompt, which is never evicted: these are logits "
-    "of the full cache, not of the policy that `generate` samples from. To score a text, pass `prompt_lengths` "
-    "([batch], the column of each row at which its completion begins) or `labels` (-100 on the prompt), or use "
+    "PTE was called outside of `generate` with more tokens than its window (window_size={window!r}), and nothing says "
+    "where the prompt ends. All of them are taken as a prompt, which is never evicted: these are logits of the full "
+    "cache, not of the policy that `generate` samples from. To score a text, pass `prompt_lengths` ([batch], the "
+    "column of each row at which its completion begins) or `labels` (-100 on the prompt), or use "
     "`peft_pte.sequence_logprobs`; in lm-evaluation-harness, `python -m peft_pte -m lm_eval --model pte-hf`. If it is "
     "a prompt, pass `use_cache=True`."
 )
@@ -86,6 +88,14 @@ class Attachment:
     def trains(self) -> bool:
         """Whether this call builds a graph for the adapter's parameters."""
         return torch.is_grad_enabled() and any(p.requires_grad for e in self.encoders for p in e.parameters())
+
+
+def warn_caller(message: str) -> None:
+    """Warn, once for each place outside of the libraries from which the model was called."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 @uncompiled
@@ -154,10 +164,9 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
         if keeps_prompt and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
             num_prompt = border if mask is None else mask[:, :length].to(x.device).cumsum(-1).gather(1, border[:, None])
             if bool((num_prompt <= (mask is not None)).all()):
-                warnings.warn(
+                warn_caller(
                     "The labels cover whole sequences, so PTE keeps no prompt: everything streams through the window. "
-                    "Set the labels of the prompt to -100, or pass `prompt_lengths`.",
-                    stacklevel=2,
+                    "Set the labels of the prompt to -100, or pass `prompt_lengths`."
                 )
             warn_of_turns(labels.to(x.device), border, mask)
         return border
@@ -176,12 +185,11 @@ def warn_of_turns(labels: torch.Tensor, border: torch.Tensor, mask: torch.Tensor
     if mask is not None:
         between &= mask[:, : labels.shape[1]].to(labels.device).bool()
     if bool(between.any()):
-        warnings.warn(
+        warn_caller(
             "The labels have gaps: several turns, of which only the assistant's are learned. PTE takes what is before "
             "the first label as the prompt; later turns, of the user too, stream through the window like thoughts. A "
             "served chat, where every answer is a `generate` of its own, keeps the whole history as its prompt: to "
-            "train that, make a row of each answer, with the history before it as its prompt.",
-            stacklevel=2,
+            "train that, make a row of each answer, with the history before it as its prompt."
         )
 
 
@@ -230,7 +238,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
             # The whole row may count as prompt; a head is asked for all of it.
             border = torch.full((batch_size,), length if head is None else 0, device=x.device)
         elif keeps_prompt and not (fits or explicit_cache or prompt_length is not None):
-            warnings.warn(GUESSED_PROMPT.format(length=length, window=policy.window_size), stacklevel=2)
+            warn_caller(GUESSED_PROMPT.format(window=policy.window_size))
     if makes_cache:
         cache = PTECache()
     if cache is not None:
