@@ -25,7 +25,7 @@ CORE = [
 ]
 # Of what is tested, for the line that says what is newer.
 WATCHED = ("torch", "transformers", "peft", "accelerate", "trl", "huggingface-hub", "safetensors", "tokenizers")
-OLDEST = ["transformers==5.17.0", "peft==0.20.0"]
+OLDEST = ["transformers==5.16.1", "peft==0.20.0"]
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True

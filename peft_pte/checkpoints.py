@@ -42,7 +42,7 @@ class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
     first. `save_model` writes beside the files of an older model and then replaces them one by one. What a killed run
     has left is removed by the next save. Several processes must share the filesystem.
 
-    It relies on this, the same in transformers 5.16 to 5.23: `_save_checkpoint` asks `_get_output_dir` where
+    It relies on this, the same in transformers 5.16 to 5.24: `_save_checkpoint` asks `_get_output_dir` where
     checkpoints go, and ends with an upload by `_push_from_checkpoint` and the rotation; `_save` writes the model;
     `_finalize_training` keeps only the best checkpoint if `save_total_limit` is 1.
     """

@@ -132,8 +132,9 @@ def forget_border(top: nn.Module, args: tuple, output: Any) -> None:
 def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> torch.Tensor | None:
     """The caller's column of each row's first thought, [B], or None if the call does not say.
 
-    In this order: `prompt_lengths`; the first label that is not -100 (a row without any takes the batch's minimum); an
-    int `logits_to_keep` > 1 (TRL's way to ask for the logits of the completion and of the token before it).
+    In this order: `prompt_lengths`; the first label that is not -100 (a row without any takes the batch's minimum),
+    also where labels are those of the last `logits_to_keep` columns (ms-swift cuts them so); an int `logits_to_keep`
+    above 1 (TRL's way to ask for the logits of the completion and of the token before it).
     """
     x = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     past = cache_in(call)
@@ -155,8 +156,10 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
                 f"column at which the completion begins, padding counted), got {prompt_lengths!r}."
             )
         return border.long()
-    labels = call.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.shape == (batch_size, length):
+    labels, logits_to_keep = call.get("labels"), call.get("logits_to_keep")
+    kept = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep < length else length
+    if isinstance(labels, torch.Tensor) and labels.shape in ((batch_size, length), (batch_size, kept)):
+        labels = torch.nn.functional.pad(labels, (length - labels.shape[1], 0), value=-100)
         border = first_labels(labels.to(x.device))
         if bool((border == length).all()):
             return None
@@ -170,7 +173,6 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
                 )
             warn_of_turns(labels.to(x.device), border, mask)
         return border
-    logits_to_keep = call.get("logits_to_keep")
     if isinstance(logits_to_keep, int) and logits_to_keep > 1:
         return torch.full((batch_size,), max(0, length - (logits_to_keep - 1)), device=x.device)
     return None

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .compiling import decides, uncompiled
 
 # The oldest versions that the tests pass with, and the newest that was tried.
-OLDEST = {"transformers": "5.17.0", "peft": "0.20.0"}
+OLDEST = {"transformers": "5.16.1", "peft": "0.20.0"}
 NEWEST_TRIED = {"transformers": "5.24.0", "peft": "0.21.2"}
 
 CACHE_NAMES = ("cache", "past_key_values")  # the newest first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -387,10 +388,23 @@ def test_calls(act: Callable, kind: type[Exception], message: str) -> None:
 
 
 def test_long_prefill_needs_no_border() -> None:
-    """Without gradients and with the cache on, a whole input is a prompt; so is it with an explicit `use_cache`."""
+    """Without gradients and with the cache on, a whole input is a prompt; so is it with an explicit `use_cache`.
+
+    The first might be meant as a text to be scored, so it is not done in silence: the caller's line is warned of, once.
+    """
     model = with_adapter(tiny_model("llama"), window_size=6)
-    with torch.no_grad():
-        prefill = model(input_ids=IDS)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for length in (20, 19):
+            prefill = model(input_ids=IDS[:, :length])
+        (warning,) = caught
+        assert "outside of `generate` with more tokens than its window" in str(warning.message)
+        assert warning.filename == __file__
+        warnings.simplefilter("error", UserWarning)
+        prefill = model(input_ids=IDS, use_cache=True)
+        model(input_ids=IDS, prompt_lengths=5)
+        model(input_ids=IDS[:, :6])  # fits
+        model.generate(input_ids=IDS, max_new_tokens=2)
     assert prefill.past_key_values.num_evicted == [0, 0]
     assert torch.equal(model(input_ids=IDS, use_cache=True).logits, prefill.logits)
     streaming = with_adapter(tiny_model("llama"), window_size=6, retained_prefix=2)

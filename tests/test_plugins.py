@@ -110,7 +110,7 @@ def test_swift_refuses(swift: ModuleType, options: dict[str, Any]) -> None:
 
 
 def test_swift_border(swift: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What swift's trainers leave of the labels says too little; with the collator's entry each row has its border."""
+    """What swift's GRPO says, one number for all rows, is too little; with the collator's entry each has its own."""
     monkeypatch.setenv("PTE_CONFIG", '{"window_size": 2, "init_weights": false}')
     model = swift.PTETuner.prepare_model(SwiftArguments(lora_rank=4, lora_alpha=2.0), tiny_model("llama"))
     assert isinstance(model, PeftModel) and model.peft_config["default"].r == 4
@@ -121,10 +121,12 @@ def test_swift_border(swift: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     border = batch["prompt_lengths"]
     assert border.tolist() == [4, 7, 12]
     expected = model(input_ids=ids, prompt_lengths=border).logits[:, -9:]
-    cut = dict(input_ids=ids, labels=labels[:, -9:], logits_to_keep=9)
+    cut = dict(input_ids=ids, logits_to_keep=9)
     torch.testing.assert_close(model(**cut, prompt_lengths=border).logits, expected, rtol=1e-10, atol=1e-10)
     wrong = (model(**cut).logits - expected).abs().amax((1, 2))
     assert wrong[0] < 1e-10 < wrong[1]  # all rows had the border of the first
+    cut["labels"] = labels[:, -9:]  # as in its SFT: there the model finds the border of each row with a label
+    torch.testing.assert_close(model(**cut).logits[:2], expected[:2], rtol=1e-10, atol=1e-10)
 
 
 # -------------------------------------------------------------------------------------------------------------- axolotl
