@@ -6,9 +6,9 @@ transformers imports the PyPI package `kernels`; a package of ours with that nam
 from __future__ import annotations
 
 import ast
-import importlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import find_namespace_packages
@@ -24,8 +24,7 @@ def test_folder_is_no_package() -> None:
 
 
 def test_distribution_has_no_package_of_that_name() -> None:
-    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    settings = toml.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     found = [
         name
         for where in settings["where"]
