@@ -13,7 +13,7 @@ import peft_pte_kernels
 from peft_pte_kernels.reference import UPDATES, normalize_state, unit_rows
 
 from .config import PTEConfig
-from .layer import PTELayer, is_fused
+from .layer import PTELayer, device_of, is_fused
 from .rotary import KeyPositions
 
 # Must not contain the prefix "pte_": PEFT's delete_adapter passes over modules whose name does.
@@ -106,7 +106,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         for container in (self.pte_query, self.pte_key, self.pte_value):
             container[adapter_name] = StateLinear(d_kv, r, bias=False)
             nn.init.normal_(container[adapter_name].weight, std=d_kv**-0.5)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def query(self, name: str) -> torch.Tensor:
@@ -207,7 +207,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
 
     def full_precision(self) -> torch.autocast:
         """States are float32 under autocast too."""
-        return torch.autocast(self._anchor[0].weight.device.type, enabled=False)
+        return torch.autocast(device_of(self._anchor[0]).type, enabled=False)
 
     def forward(self) -> None:
         """Not used: the encoder is called through `advance` by the attention module's hooks."""

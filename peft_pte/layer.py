@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -45,6 +46,27 @@ def is_fused(modules: Sequence[nn.Module], *tensors: torch.Tensor, rank: int) ->
             "there only while their module is called. Set PTE_KERNELS=auto."
         )
     return not gathered and dispatch.uses_triton(*tensors, *weights, rank=rank)
+
+
+def widths_of(layer: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear layer, or of a wrapper around a single one; None for any other module.
+
+    Found by structure: several quantised layers (HQQ, GPTQ, AWQ, AQLM) are no `torch.nn.Linear` and have no `weight`,
+    but say their widths.
+    """
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        widths = tuple(getattr(layer, name, None) for name in names)
+        if all(isinstance(width, int) for width in widths):
+            return widths
+    children = list(layer.children())
+    found = [widths for widths in map(widths_of, children) if widths is not None]
+    return found[0] if len(found) == len(children) == 1 else None
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a linear layer computes; quantised weights have names of their own, and some are buffers."""
+    tensor = getattr(layer, "weight", None)
+    return next(chain(layer.parameters(), layer.buffers())).device if tensor is None else tensor.device
 
 
 class PTELayer(BaseTunerLayer):
@@ -122,10 +144,10 @@ class Linear(nn.Module, PTELayer):
     module's hooks in `call`, for the duration of one call, and is never kept.
     """
 
-    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: PTEConfig):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PTEConfig):
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.in_features, self.out_features = widths_of(base_layer)
         self.pte_scaling: dict[str, float] = {}
         self.pte_A = nn.ModuleDict({})
         self.pte_B = nn.ModuleDict({})
@@ -143,7 +165,7 @@ class Linear(nn.Module, PTELayer):
         self.pte_B[adapter_name] = nn.Linear(self.in_features, config.r, bias=False)
         self.pte_A[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
         self.reset_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:

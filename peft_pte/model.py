@@ -5,15 +5,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from .attach import attach, attach_encoder, detach
 from .config import PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
-from .families import attention_modules, find_decoder, kv_width
-from .layer import Linear, PTELayer, refuse_merge
+from .families import FUSED_PROJECTION, SPLIT_PROJECTIONS, attention_modules, find_decoder, kv_width
+from .layer import Linear, PTELayer, refuse_merge, widths_of
 
 
 class PTEModel(BaseTuner):
@@ -56,11 +55,18 @@ class PTEModel(BaseTuner):
     # ------------------------------------------------------------------------------------------------------- injection
 
     def _prepare_adapter_config(self, peft_config: PTEConfig, model_config: dict) -> PTEConfig:
-        """Default targets: all linear projections of the attention modules."""
+        """Default targets: all linear projections of the attention modules.
+
+        Those that we know by name are among them even if they are no linear layers, so that `_prepare_model` refuses
+        them instead of adapting the rest.
+        """
         attentions = attention_modules(find_decoder(self.model)).values()
         if peft_config.target_modules is None:
             peft_config.target_modules = {
-                name for attention in attentions for name, child in attention.named_children() if is_linear(child)
+                name
+                for attention in attentions
+                for name, child in attention.named_children()
+                if is_linear(child) or name in (*SPLIT_PROJECTIONS, FUSED_PROJECTION)
             }
         return peft_config
 
@@ -87,8 +93,9 @@ class PTEModel(BaseTuner):
                 )
             if not is_linear(module):
                 raise ValueError(
-                    f"PTEConfig: `target_modules` matches '{key}', a {type(module).__name__}; only `torch.nn.Linear` "
-                    "(also quantised) projections can be adapted."
+                    f"PTEConfig: `target_modules` matches '{key}', a {type(base_layer_of(module)).__name__}, which "
+                    "PTE cannot adapt: it is no linear layer (also quantised, or wrapped) that says its `in_features` "
+                    "and `out_features`."
                 )
 
     def _create_and_replace(
@@ -110,8 +117,7 @@ class PTEModel(BaseTuner):
         attachment.configs[adapter_name] = peft_config
         encoder = parent._modules.get(ENCODER_NAME)
         if encoder is None:
-            base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            encoder = ThoughtEncoder(base_layer, adapter_name, kv_width(parent))
+            encoder = ThoughtEncoder(base_layer_of(target), adapter_name, kv_width(parent))
             encoder.set_adapter(self.active_adapters)
             attach_encoder(attachment, parent, encoder)
         if adapter_name not in encoder.pte_rule:
@@ -162,9 +168,11 @@ class PTEModel(BaseTuner):
         yield
 
 
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """The layer under an adapter, or the layer itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer, adapted already or not; quantised ones are subclasses of `torch.nn.Linear`."""
-    if isinstance(module, ThoughtEncoder):  # its `get_base_layer` is a sibling
-        return False
-    base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base_layer, torch.nn.Linear)
+    """A linear layer, adapted already or not, quantised or not; not the encoder, whose base layer is a sibling."""
+    return not isinstance(module, ThoughtEncoder) and widths_of(base_layer_of(module)) is not None
