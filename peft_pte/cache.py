@@ -74,8 +74,8 @@ class PTECacheLayer(CacheLayerMixin):
 
         Called inside the attention module's forward, where FSDP and ZeRO-3 have the parameters gathered.
         """
-        names = encoder.live_adapters
-        if self.evicted is not None or torch.is_grad_enabled() or any(name not in self.states for name in names):
+        missing = any(name not in self.states for name in encoder.live_adapters)
+        if self.evicted is not None or missing or torch.is_grad_enabled() or encoder.in_step:
             self.cores = encoder.advance(self.cores, attention, self.evicted, batch_size)
             self.states = encoder.read_all(self.cores)
             self.evicted = None

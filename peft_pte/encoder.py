@@ -178,13 +178,20 @@ class ThoughtEncoder(nn.Module, PTELayer):
         self, cores: dict[str, torch.Tensor], attention: nn.Module, evicted: Evicted | None, batch_size: int
     ) -> dict[str, torch.Tensor]:
         """Start the cores of the live adapters, or carry them on: by adapter name, each [B, r, r]."""
+        advanced = {}
         with self.full_precision():
-            started = {
-                name: cores[name] if name in cores else self.start(name, batch_size) for name in self.live_adapters
-            }
-            if evicted is None:
-                return started
-            return {name: self.write(name, core, attention, evicted) for name, core in started.items()}
+            for name in self.live_adapters:
+                core = cores.get(name)
+                if core is None:
+                    core = self.start(name, batch_size)
+                elif self.in_step:
+                    core = core + self.start(name, batch_size)[:0].sum()
+                if evicted is not None:
+                    core = self.write(name, core, attention, evicted)
+                elif self.in_step:
+                    core = core + self.write_nothing(name)
+                advanced[name] = core
+        return advanced
 
     def read_all(self, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The states of the live adapters by name, each [B, r, r]."""
@@ -193,6 +200,25 @@ class ThoughtEncoder(nn.Module, PTELayer):
             if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
                 states = {name: state + self.touch(name) for name, state in states.items()}
             return states
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every call has to use the same modules in the same order as every other one.
+
+        ZeRO-3 gathers the weights of a module when it is called, which all processes must do together. But their
+        sequences differ: only the first segment starts a core, and not all evict. What is not needed is then computed
+        for nothing.
+        """
+        return any(hasattr(linear.weight, "ds_id") for linear in self.pte_key.values())
+
+    def write_nothing(self, name: str) -> torch.Tensor:
+        """Zero, by way of the modules that `write` calls."""
+        rule, weight = self.pte_rule[name], self.pte_key[name].weight
+        if rule.update == "none":
+            return torch.zeros((), dtype=state_dtype(weight), device=weight.device)
+        empty = torch.empty(0, self.d_kv, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        zero = self.pte_key[name](empty).sum() + self.pte_value[name](empty).sum()
+        return zero + self.query(name)[:0].sum() if rule.norm == "write" else zero
 
     def touch(self, name: str) -> torch.Tensor:
         """Zero, by way of every parameter, so that in every segment of every process all of them have a gradient.

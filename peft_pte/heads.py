@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -52,31 +52,50 @@ def chunk_logprobs(
     return peft_pte_kernels.token_logprobs(logits, targets.to(logits.device), temperature)
 
 
+def num_chunks(batch_size: int, length: int) -> int:
+    """How many chunks `token_logprobs` makes of so many columns at most."""
+    return math.ceil(length / chunk_size(batch_size))
+
+
+def chunk_size(batch_size: int) -> int:
+    return max(1, CHUNK_TOKENS // batch_size)
+
+
 def token_logprobs(
-    top: nn.Module, temperature: float, hidden_states: torch.Tensor, targets: torch.Tensor, needed: torch.Tensor
+    top: nn.Module,
+    temperature: float,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    needed: torch.Tensor,
+    least_chunks: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `chunk_logprobs` for any number of tokens, chunk by chunk, recomputed in the backward pass.
 
-    `needed` [B, q]: columns that no row needs are left out; the result is zero where it is False.
+    `needed` [B, q]: columns that no row needs are left out; the result is zero where it is False. `least_chunks`: the
+    head is called at least so often, if need be for nothing.
     """
     columns = needed.any(0).nonzero()[:, 0]
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-    if not len(columns):
+
+    def run(chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        arguments = top, temperature, hidden_states[:, chunk], targets[:, chunk]
+        if torch.is_grad_enabled():
+            return checkpoint(chunk_logprobs, *arguments, use_reentrant=False)
+        return chunk_logprobs(*arguments)
+
+    first, last = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+    size = chunk_size(needed.shape[0])
+    parts = [run(slice(start, min(last, start + size))) for start in range(first, last, size)]
+    spare = [run(slice(0, 1))[0][:, :0].sum() for _ in range(least_chunks - len(parts))]
+    if not parts:
         zeros = hidden_states.new_zeros(needed.shape, dtype=dtype)
-        return zeros + hidden_states[..., :0].sum(), zeros  # in the graph, so that every process has a backward pass
-    first, last = int(columns[0]), int(columns[-1]) + 1
-    size = max(1, CHUNK_TOKENS // needed.shape[0])
-    run = functools.partial(chunk_logprobs, top, temperature)
-    parts = []
-    for start in range(first, last, size):
-        chunk = slice(start, min(last, start + size))
-        arguments = hidden_states[:, chunk], targets[:, chunk]
-        parts.append(checkpoint(run, *arguments, use_reentrant=False) if torch.is_grad_enabled() else run(*arguments))
+        # In the graph, so that every process has a backward pass.
+        return zeros + sum(spare, hidden_states[..., :0].sum()), zeros
     margin = (first, needed.shape[1] - last)
     logprobs, entropy = (
         torch.nn.functional.pad(torch.cat(part, dim=1), margin).masked_fill(~needed, 0) for part in zip(*parts)
     )
-    return logprobs, entropy
+    return sum(spare, logprobs), entropy
 
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

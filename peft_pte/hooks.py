@@ -29,10 +29,19 @@ from .config import CachePolicy, PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .families import SPLIT_PROJECTIONS
 from .fast_decode import replayed_step
-from .heads import Head, as_output, current_head, current_hidden, first_labels, needed_columns, token_logprobs
+from .heads import (
+    Head,
+    as_output,
+    current_head,
+    current_hidden,
+    first_labels,
+    needed_columns,
+    num_chunks,
+    token_logprobs,
+)
 from .host import CACHE_NAMES, cache_in, call_with_cache, rename_cache, set_cache, take_cache, versions
 from .layer import AttentionCall, Linear
-from .replay import join_outputs, replay
+from .replay import agreed_maximum, join_outputs, replay
 from .segments import layer_checkpointing_off
 
 # (decoder, border [B]) while the top model's forward runs; (decoder, columns of the prompt) while `generate` runs.
@@ -212,7 +221,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     border = noted[1] if noted is not None and noted[0] is decoder else None
     head = None if wanted is None else functools.partial(token_logprobs, attachment.top, wanted.temperature)
     if policy is None:
-        return base_forward(original, border, head, kwargs)
+        return base_forward(decoder, original, border, head, kwargs)
     refuse_arguments(kwargs)
     inputs = take_inputs(kwargs)
     (x,) = inputs.values()
@@ -266,7 +275,11 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
 
 @decides
 def base_forward(
-    original: Callable[..., Any], border: torch.Tensor | None, head: Head | None, kwargs: dict[str, Any]
+    decoder: nn.Module,
+    original: Callable[..., Any],
+    border: torch.Tensor | None,
+    head: Head | None,
+    kwargs: dict[str, Any],
 ) -> Any:
     """The decoder's own forward, with the adapter off: the base model with its full cache."""
     cache = cache_in(kwargs)
@@ -280,6 +293,9 @@ def base_forward(
         return output
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     needed = needed_columns(torch.ones_like(ids).bool() if mask is None else mask.bool(), border)
+    most = agreed_maximum(decoder, [num_chunks(*ids.shape)], ids.device)
+    if most is not None:
+        head = functools.partial(head, least_chunks=most[0])
     return as_output(output.last_hidden_state, *head(output.last_hidden_state, ids.roll(-1, dims=1), needed))
 
 

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .compiling import decides, uncompiled
 from .config import CachePolicy
-from .heads import Head, as_output, needed_columns
+from .heads import Head, as_output, needed_columns, num_chunks
 from .host import CACHE_NAMES
 from .layout import Layout
 from .schedule import Schedule, Segment, stored_columns
@@ -110,7 +110,7 @@ class Replay:
         moved to host memory, from where a recomputed segment gets it.
         """
         past, outputs = self.new_past(), []
-        missing = num_missing(self.decoder, sum(1 for _ in self.segments()), self.positions.device)
+        missing = self.agree()
         for segment in self.segments():
             if truncated and segment.evict:
                 for layer in past:
@@ -132,26 +132,43 @@ class Replay:
                 first.hidden_states = (logprobs + zero, entropy)
         return outputs
 
+    def agree(self) -> int:
+        """How many segments more than here the longest sequence of all processes has, if parameters are sharded.
+
+        They are gathered in every segment by all processes together, so that all need the same number of segments, and
+        the same number of calls of the head in each.
+        """
+        lengths = [segment.end - segment.start for segment in self.segments()]
+        chunks = num_chunks(self.positions.shape[0], max(lengths)) if self.head is not None else 0
+        most = agreed_maximum(self.decoder, [len(lengths), chunks], self.positions.device)
+        if most is None:
+            return 0
+        if self.head is not None:
+            self.head = functools.partial(self.head, least_chunks=most[1])
+        return most[0] - len(lengths)
+
     def idle(self, checkpointed: bool) -> torch.Tensor:
         """Compute a segment of one token for nothing: zero, and in the graph, so that it has a backward pass too."""
         inputs = {name: tensor[:1, :1] for name, tensor in self.inputs.items()}
         kwargs = dict(self.kwargs, **inputs, attention_mask=None, position_ids=self.positions[:1, :1])
         run = run_checkpointed if checkpointed else run_segment
         past = [([], {}) for _ in range(self.decoder.config.num_hidden_layers)]
-        return run(self.decoder, self.forward, None, past, None, 0, kwargs).output.last_hidden_state[..., :0].sum()
+        head = self.head
+        if head is not None:
+            nothing = torch.zeros_like(self.positions[:1, :1])
+            head = functools.partial(head, targets=nothing, needed=nothing.bool())
+        output = run(self.decoder, self.forward, head, past, None, 0, kwargs).output
+        return (output.last_hidden_state if head is None else output.hidden_states[0])[..., :0].sum()
 
 
 @uncompiled
-def num_missing(decoder: nn.Module, num_segments: int, device: torch.device) -> int:
-    """How many segments more than here the longest sequence of all processes has, if parameters are sharded.
-
-    They are gathered in every segment by all processes together, so that all need the same number of segments.
-    """
+def agreed_maximum(decoder: nn.Module, numbers: list[int], device: torch.device) -> list[int] | None:
+    """The largest of each number in all processes, if parameters are sharded; else None."""
     if not (dist.is_available() and dist.is_initialized() and is_sharded(list(decoder.parameters()))):
-        return 0
-    most = torch.tensor(num_segments, device=device)
+        return None
+    most = torch.tensor(numbers, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most) - num_segments
+    return most.tolist()
 
 
 @decides

@@ -63,7 +63,9 @@ class KeyPositions:
     def _inverse_tables(self, encode_keys: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if (encode_keys, dtype) not in self._tables:
             positions = self.positions if encode_keys == "pre_rope" else self.positions[:, :1]
-            cos, sin = self.rotary_emb(torch.empty(0, dtype=dtype, device=positions.device), position_ids=positions)
+            # Its `forward`, without hooks: ZeRO-3 would note a call that segments without an eviction do not make.
+            x = torch.empty(0, dtype=dtype, device=positions.device)
+            cos, sin = self.rotary_emb.forward(x, position_ids=positions)
             # A cached key is c R k with c the family's attention scaling (1 except for YaRN and the like), and the
             # tables carry c too; (1/c) R^T undoes it.
             scaling = float(getattr(self.rotary_emb, "attention_scaling", 1.0)) ** 2

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -212,8 +212,13 @@ def run_segment(
 
 @decides
 def run_checkpointed(*arguments: Any) -> Result:
-    """As `run_segment`, which is called again in the backward pass."""
-    return checkpoint(run_segment, *arguments, use_reentrant=False)
+    """As `run_segment`, which is called again in the backward pass.
+
+    To its end: where a result does not matter, the second call would stop before the last modules, and ZeRO-3 needs the
+    same calls in every process.
+    """
+    with set_checkpoint_early_stop(False):
+        return checkpoint(run_segment, *arguments, use_reentrant=False)
 
 
 def flagged_modules(decoder: nn.Module) -> list[nn.Module]:
