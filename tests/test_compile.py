@@ -48,5 +48,8 @@ def test_training_step(regional: bool) -> None:
     scale = max(gradient.abs().max() for gradient in own.values())
     assert all((found[name] - own[name]).abs().max() <= 1e-9 * scale for name in own)
     breaks = Counter(counters["graph_break"])
-    assert breaks.total() == 0 if regional else breaks.total() <= 3, breaks
+    if regional:
+        assert not breaks
+    else:  # at the hook of the model and the wrapper of the decoder, once for each frame around them
+        assert breaks.total() <= 5 and all("torch.compiler.disable" in reason for reason in breaks), breaks
     assert counters["stats"]["unique_graphs"] >= 2  # something was compiled
