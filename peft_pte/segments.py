@@ -98,6 +98,7 @@ class LayerPast:
     thoughts: list[Piece] = field(default_factory=list)
     cores: Cores = field(default_factory=dict)
 
+    @uncompiled
     def take(self, count: int) -> list[Piece]:
         """Remove and return the `count` oldest thoughts, which are whole pieces (see `add`)."""
         taken = []
@@ -111,6 +112,7 @@ class LayerPast:
         for pieces in (self.prefix, self.thoughts):
             pieces[:] = [Piece(keys.detach(), values.detach()) for keys, values in pieces]
 
+    @uncompiled
     def add(self, keys: torch.Tensor, values: torch.Tensor, start: int, prefix: int, num_evicted: int) -> None:
         """Append a segment that begins at column `start`, cut where evictions will cut it.
 
