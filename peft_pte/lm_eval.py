@@ -6,6 +6,8 @@ context ends. Here the context is the prompt and the continuation the thoughts, 
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from lm_eval.api.registry import register_model
@@ -13,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the context, tokens of the continuation
 
 
@@ -63,6 +66,17 @@ class PTEHFLM(HFLM):
 
     def _score(self, batch: list[Request]) -> list[tuple[float, bool]]:
         # As in `hf`: a text that is too long loses its beginning, and the last token is predicted and not read.
+        for _, context, continuation in batch:
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"A request has a context of {len(context)} tokens and a continuation of {len(continuation)}: both "
+                    f"must have some, and the continuation `max_length` ({self.max_length}) at most."
+                )
+            if len(context + continuation) > self.max_length + 1:
+                logger.warning(
+                    f"A context of {len(context)} tokens loses its beginning: with its continuation of "
+                    f"{len(continuation)} it is longer than `max_length` ({self.max_length})."
+                )
         texts = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in batch]
         longest = max(map(len, texts)) - 1
         ids = torch.zeros(len(batch), longest, dtype=torch.long, device=self.device)

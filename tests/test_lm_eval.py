@@ -121,6 +121,37 @@ def test_scores_and_texts_are_those_of_the_policy(folder: Path) -> None:
         assert tokens(sample["filtered_resps"][0]) == written
 
 
+def test_batches_lengths_and_models_without_an_adapter(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Scores do not depend on the batch size, also one that is searched for; without an adapter they are `hf`'s."""
+    from lm_eval.models.huggingface import HFLM
+
+    from peft_pte.lm_eval import PTEHFLM
+
+    base = dict(pretrained=str(folder / "base"), dtype="float32", max_length=50, device="cpu")
+    generator = torch.Generator().manual_seed(1)
+
+    def request(context: int, continuation: int) -> tuple:
+        draw = [torch.randint(3, 61, (size,), generator=generator).tolist() for size in (context, continuation)]
+        return (str(context), str(continuation)), *draw
+
+    requests = [request(*sizes) for sizes in ((5, 20), (9, 3), (40, 30), (3, 1), (7, 40), (1, 49))]
+
+    def scores(model: HFLM) -> list[tuple[float, bool]]:
+        return model._loglikelihood_tokens(requests, disable_tqdm=True)
+
+    plain, hf = scores(PTEHFLM(**base, batch_size=2)), scores(HFLM(**base, batch_size=2))
+    assert [greedy for _, greedy in plain] == [greedy for _, greedy in hf]
+    assert [score for score, _ in plain] == pytest.approx([score for score, _ in hf], 1e-5)
+    assert "A context of 40 tokens loses its beginning" in caplog.text
+    adapter = base | dict(peft=str(folder / "adapter"))
+    searched = scores(PTEHFLM(**adapter, batch_size="auto", max_batch_size=4))
+    assert [s for s, _ in searched] == pytest.approx([s for s, _ in scores(PTEHFLM(**adapter, batch_size=1))], 1e-5)
+    assert [s for s, _ in searched] != pytest.approx([s for s, _ in plain], 1e-2)
+    for sizes in ((0, 4), (4, 0), (4, 51)):
+        with pytest.raises(ValueError, match=r"`max_length` \(50\) at most"):
+            PTEHFLM(**adapter)._loglikelihood_tokens([request(*sizes)], disable_tqdm=True)
+
+
 def test_the_plain_way_warns(folder: Path) -> None:
     """The harness's own model says nothing of the context, so the full cache answers; but not in silence."""
     samples, errors = harness(folder, "hf", "score", runner=("lm_eval",))
