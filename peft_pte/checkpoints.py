@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .model_card import add_loading_code
+from .registration import NAME
 
 # Beside the checkpoints, hence on the same filesystem. It is no checkpoint by its name, and the Trainer's uploads to
 # the Hub leave out what begins with an underscore.
@@ -106,7 +107,8 @@ class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
         """As the Trainer's, which writes the card anew; it begins with how to load the adapter."""
         super().create_model_card(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
-        if self.args.should_save and any(hasattr(module, "pte_attachment") for module in model.modules()):
+        saved = getattr(model, "peft_config", {}).values()
+        if self.args.should_save and any(config.peft_type == NAME for config in saved):
             base = getattr(model.config, "_name_or_path", None)
             add_loading_code(self.args.output_dir, base, adapter=self.hub_model_id)
 

@@ -63,6 +63,8 @@ def test_tiny_job_logs_and_resumes(example: ModuleType, tmp_path: Path, arm: str
     logged = LOGGED if arm == "pte" else LOGGED - {"cache/state_norm"}
     assert all(logged <= entry.keys() for entry in first)
     assert logged <= tensorboard_tags(run)
+    # The other arm has PTE's cache, but what is saved is a LoRA.
+    assert ("## Loading this adapter" in (run / "README.md").read_text()) == (arm == "pte")
     # An untrained model rarely stops: 32 tokens of which the last is not stored, and a window of 8 that empties by 4.
     assert 0 < first[0]["cache/evicted"] <= 24
 
