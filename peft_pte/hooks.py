@@ -168,8 +168,8 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
     labels, logits_to_keep = call.get("labels"), call.get("logits_to_keep")
     kept = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep < length else length
     if isinstance(labels, torch.Tensor) and labels.shape in ((batch_size, length), (batch_size, kept)):
-        labels = torch.nn.functional.pad(labels, (length - labels.shape[1], 0), value=-100)
-        border = first_labels(labels.to(x.device))
+        labels = torch.nn.functional.pad(labels.to(x.device), (length - labels.shape[1], 0), value=-100)
+        border = first_labels(labels)
         if bool((border == length).all()):
             return None
         mask = call.get("attention_mask")
@@ -180,7 +180,7 @@ def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> 
                     "The labels cover whole sequences, so PTE keeps no prompt: everything streams through the window. "
                     "Set the labels of the prompt to -100, or pass `prompt_lengths`."
                 )
-            warn_of_turns(labels.to(x.device), border, mask)
+            warn_of_turns(labels, border, mask)
         return border
     if isinstance(logits_to_keep, int) and logits_to_keep > 1:
         return torch.full((batch_size,), max(0, length - (logits_to_keep - 1)), device=x.device)

@@ -28,6 +28,14 @@ NEWEST_TRIED = {"transformers": "5.24.0", "peft": "0.21.2"}
 CACHE_NAMES = ("cache", "past_key_values")  # the newest first
 
 
+def installed_version(name: str) -> str | None:
+    """None: on the path without being installed, so that what it can do will show."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def check_versions() -> None:
     """Refuse versions of the libraries underneath that are known not to work.
 
@@ -36,11 +44,8 @@ def check_versions() -> None:
             get it.
     """
     for name, oldest in OLDEST.items():
-        try:
-            installed = version(name)
-        except PackageNotFoundError:  # on the path without being installed: what it can do will show
-            continue
-        if Version(installed) < Version(oldest):
+        installed = installed_version(name)
+        if installed is not None and Version(installed) < Version(oldest):
             raise ImportError(
                 f"peft_pte needs {name} {oldest} or later, but {installed} is installed: "
                 f'`pip install --upgrade "{name}>={oldest}"`.'
@@ -49,14 +54,10 @@ def check_versions() -> None:
 
 def versions() -> str:
     """The installed versions beside the known ones, for messages."""
-    known = []
-    for name, oldest in OLDEST.items():
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            installed = "(unknown)"
-        known.append(f"{name} {installed} (tried: {oldest} to {NEWEST_TRIED[name]})")
-    return ", ".join(known)
+    return ", ".join(
+        f"{name} {installed_version(name) or '(unknown)'} (tried: {oldest} to {NEWEST_TRIED[name]})"
+        for name, oldest in OLDEST.items()
+    )
 
 
 def cache_name_of(output_class: type) -> str | None:
