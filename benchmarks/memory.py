@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from peft_pte import PTEConfig, sequence_logprobs
-from peft_pte.segments import host_copy
+from peft_pte.replay.segments import host_copy
 
 PROMPT = 64
 SHAPES: dict[str, Callable[[], torch.nn.Module]] = {
@@ -107,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
         self.place = "device"
 
     def __enter__(self) -> LiveBytes:
-        self.patch = patch("peft_pte.segments.host_copy", self.host_copy)
+        self.patch = patch("peft_pte.replay.segments.host_copy", self.host_copy)
         self.patch.start()
         return super().__enter__()
 

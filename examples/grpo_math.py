@@ -49,8 +49,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_pte import PTECache, PTEConfig
-from peft_pte.checkpoints import AtomicCheckpoints
-from peft_pte.trl import PTEGRPOTrainer
+from peft_pte.trainers.checkpoints import AtomicCheckpoints
+from peft_pte.trainers.grpo import PTEGRPOTrainer
 
 Row = dict[str, Any]
 Batch = dict[str, torch.Tensor]

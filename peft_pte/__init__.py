@@ -8,12 +8,12 @@ from .registration import ensure_peft_type, register  # noqa: E402  (see above)
 
 ensure_peft_type()  # before the configuration, whose peft_type it is
 
-from .cache import PTECache  # noqa: E402  (the enum member must exist first)
+from .cache.cache import PTECache  # noqa: E402  (the enum member must exist first)
 from .config import PTEConfig  # noqa: E402
 from .encoder import ThoughtEncoder  # noqa: E402
-from .heads import sequence_logprobs, sequence_loss  # noqa: E402
 from .layer import Linear, PTELayer  # noqa: E402
 from .model import PTEModel  # noqa: E402
+from .replay.heads import sequence_logprobs, sequence_loss  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -8,10 +8,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from .attach import attach, attach_encoder, detach
 from .config import PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .families import FUSED_PROJECTION, SPLIT_PROJECTIONS, attention_modules, find_decoder, kv_width
+from .hooks.attach import attach, attach_encoder, detach
 from .layer import Linear, PTELayer, refuse_merge, widths_of
 
 

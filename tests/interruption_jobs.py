@@ -15,7 +15,7 @@ from models import tiny_model, with_adapter
 from processes import group
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from peft_pte.checkpoints import AtomicCheckpoints
+from peft_pte.trainers.checkpoints import AtomicCheckpoints
 
 
 class Digits(torch.utils.data.Dataset):

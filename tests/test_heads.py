@@ -47,7 +47,7 @@ def test_equal_to_logits_forward_and_backward(
     plain = gradients(model, (expected[0] * weights).sum())
     if checkpointing:
         model.gradient_checkpointing_enable()
-    with patch("peft_pte.heads.CHUNK_TOKENS", chunk):
+    with patch("peft_pte.replay.heads.CHUNK_TOKENS", chunk):
         logprobs, entropy = sequence_logprobs(model, ids, mask, borders, temperature)
         assert logprobs.dtype == torch.float64 and not entropy.requires_grad
         torch.testing.assert_close(logprobs, expected[0], rtol=1e-10, atol=1e-10)
@@ -119,7 +119,7 @@ def test_no_logits_of_a_whole_sequence() -> None:
     length, vocab = 800, 4001
     model = with_adapter(tiny_model("llama", torch.float32, vocab_size=vocab), window_size=64).train()
     ids = torch.randint(3, vocab, (1, length))
-    with patch("peft_pte.heads.CHUNK_TOKENS", 100), LargestTensor() as largest:
+    with patch("peft_pte.replay.heads.CHUNK_TOKENS", 100), LargestTensor() as largest:
         sequence_logprobs(model, ids, prompt_lengths=5)[0].sum().backward()
     assert 0 < largest.numel <= 100 * vocab < length * vocab / 4
 

@@ -28,7 +28,7 @@ from processes import TIMEOUT, run_group, start
 from transformers import Trainer
 
 from peft_pte import PTEConfig
-from peft_pte.checkpoints import STAGING, AtomicCheckpoints
+from peft_pte.trainers.checkpoints import STAGING, AtomicCheckpoints
 
 
 def kill_when_ready(process: BaseProcess, ready: Path) -> None:

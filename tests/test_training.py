@@ -20,7 +20,7 @@ from test_policy import Case, cases, left_padded, right_padded
 from transformers import Trainer, TrainingArguments
 
 from peft_pte import PTECache, PTEConfig, sequence_logprobs, sequence_loss
-from peft_pte.segments import host_copy
+from peft_pte.replay.segments import host_copy
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def test_checkpointed_gradients_equal_plain_ones(case: Case, gradient: str, piec
     if case.config["num_global_tokens"]:
         assert plain.keys() == trainable
     model.gradient_checkpointing_enable()
-    with patch("peft_pte.replay.SHORTEST_PIECE", piece):
+    with patch("peft_pte.replay.replay.SHORTEST_PIECE", piece):
         loss = loss_of(case, model)
     assert_same(gradients(model, loss), plain)
 
@@ -90,7 +90,7 @@ def test_truncated_gradients_equal_detaching_by_hand(update: str) -> None:
 @contextmanager
 def ordinary_autograd() -> Iterator[None]:
     """Truncated gradients by detaching at evictions, as is done for sharded parameters."""
-    with patch("peft_pte.replay.is_sharded", lambda parameters: True):
+    with patch("peft_pte.replay.replay.is_sharded", lambda parameters: True):
         yield
 
 
@@ -109,7 +109,7 @@ def test_second_pass_of_truncated_gradients_equals_ordinary_autograd(case: Case,
     for way in (ordinary_autograd, nullcontext):
         torch.manual_seed(0)
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-        with way(), patch("peft_pte.replay.SHORTEST_PIECE", piece), patch("peft_pte.heads.CHUNK_TOKENS", 7):
+        with way(), patch("peft_pte.replay.replay.SHORTEST_PIECE", piece), patch("peft_pte.heads.CHUNK_TOKENS", 7):
             if of == "logprobs":
                 value = sequence_logprobs(model, ids, **call)[0][..., None]
             elif of == "hidden":
@@ -153,7 +153,7 @@ def test_training_with_an_integer_prefix_needs_no_border() -> None:
     """It is a replay, not a prefill: memory is that of the configuration."""
     model = with_adapter(tiny_model("llama"), window_size=6, retained_prefix=2, gradient="truncated").train()
     ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(0))
-    with patch("peft_pte.segments.host_copy", side_effect=host_copy) as moved:
+    with patch("peft_pte.replay.segments.host_copy", side_effect=host_copy) as moved:
         output = model(input_ids=ids)
         actual = gradients(model, output.logits.sin().sum())
     assert output.past_key_values is None and moved.call_count > 0
@@ -179,7 +179,7 @@ def test_offload_does_not_change_gradients(case: Case, head: bool, piece: int) -
         model = with_adapter(tiny_model(case.family, seed=case.seed), **case.config, offload=offload).train()
         model.gradient_checkpointing_enable()
         ids, mask = right_padded(case)
-        with patch("peft_pte.replay.SHORTEST_PIECE", piece):
+        with patch("peft_pte.replay.replay.SHORTEST_PIECE", piece):
             value = loss_of(case, model) if not head else sequence_logprobs(model, ids, mask, case.prompts)[0].sum()
         found.append(gradients(model, value))
     assert_same(found[1], found[0])
@@ -190,7 +190,7 @@ def test_offload_moves_every_evicted_thought_once() -> None:
     model = with_adapter(tiny_model("llama"), window_size=8, offload=True).train()
     model.gradient_checkpointing_enable()
     moved: list[torch.Tensor] = []
-    with patch("peft_pte.segments.host_copy", lambda x: moved.append(x.detach().clone()) or moved[-1]):
+    with patch("peft_pte.replay.segments.host_copy", lambda x: moved.append(x.detach().clone()) or moved[-1]):
         loss = model(input_ids=torch.randint(3, 61, (1, 5 + 8 + 12)), prompt_lengths=5).logits.sum()
         assert sum(x.shape[-2] for x in moved if x.ndim == 4) == 2 * 2 * 12  # two layers; keys and values
         loss.backward()

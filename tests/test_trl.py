@@ -18,7 +18,7 @@ from peft_pte import PTECache, PTEConfig, sequence_logprobs, sequence_loss
 trl = pytest.importorskip("trl", reason="TRL is an optional dependency: pip install peft-pte[trl]")
 datasets = pytest.importorskip("datasets")
 
-from peft_pte.trl import PTEGRPOTrainer  # noqa: E402  (needs TRL)
+from peft_pte.trainers.grpo import PTEGRPOTrainer  # noqa: E402  (needs TRL)
 
 PTE = dict(task_type="CAUSAL_LM", r=4, num_global_tokens=3, window_size=8)
 COMMON = dict(per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to="none", logging_steps=1, max_steps=2)

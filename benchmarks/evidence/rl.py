@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig
 
 from arms import ARMS
-from peft_pte.trl import PTEGRPOTrainer
+from peft_pte.trainers.grpo import PTEGRPOTrainer
 from tasks import TASKS, Task
 from training import Settings, adapted, evaluate, supervised
 

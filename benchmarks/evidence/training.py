@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
-from peft_pte.schedule import Schedule
+from peft_pte.cache.schedule import Schedule
 from tasks import TASKS, Stream, Task
 
 

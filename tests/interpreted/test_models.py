@@ -14,8 +14,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from peft_pte import PTEConfig
 from peft_pte.encoder import Evicted
+from peft_pte.replay.segments import SegmentCache, SegmentLayer, Stored
 from peft_pte.rotary import KeyPositions
-from peft_pte.segments import SegmentCache, SegmentLayer, Stored
 from peft_pte_kernels import dispatch, encode_ops, low_rank_ops
 from peft_pte_kernels.ops import cache as cache_ops
 

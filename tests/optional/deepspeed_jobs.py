@@ -11,7 +11,8 @@ from distributed_jobs import Case, Rows, batch, build, loss_of
 from processes import group
 from torch import nn
 
-from peft_pte import heads, sequence_logprobs
+from peft_pte import sequence_logprobs
+from peft_pte.replay import heads
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it; the batches are ours

@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .encoder import ENCODER_NAME, ThoughtEncoder
-from .families import attention_modules
-from .rotary import KeyPositions
+from ..encoder import ENCODER_NAME, ThoughtEncoder
+from ..families import attention_modules
+from ..rotary import KeyPositions
 from .segments import Cores, Gone, LayerPast, Stored
 
 if TYPE_CHECKING:

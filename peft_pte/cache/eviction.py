@@ -10,9 +10,9 @@ from torch import nn
 import peft_pte_kernels
 from peft_pte_kernels import dispatch
 
-from .encoder import ENCODER_NAME, Evicted, ThoughtEncoder, read_layers, write_layers
-from .families import attention_modules
-from .rotary import KeyPositions
+from ..encoder import ENCODER_NAME, Evicted, ThoughtEncoder, read_layers, write_layers
+from ..families import attention_modules
+from ..rotary import KeyPositions
 
 if TYPE_CHECKING:
     from .cache import PTECache

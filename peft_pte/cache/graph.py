@@ -29,15 +29,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from peft_pte_kernels import decode_attention
 
-from .compiling import uncompiled
-from .encoder import ENCODER_NAME
-from .families import attention_modules
-from .host import call_with_cache
+from ..compiling import uncompiled
+from ..encoder import ENCODER_NAME
+from ..families import attention_modules
+from ..host import call_with_cache
 from .snapshot import Snapshot, Unsupported, refuse_model
 
 if TYPE_CHECKING:
+    from ..encoder import ThoughtEncoder
     from .cache import PTECache
-    from .encoder import ThoughtEncoder
 
 ATTENTION = "pte_decode"
 # Attention functions that compute what ours does, as far as a family passes nothing but a scaling.

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from .compiling import decides
-from .encoder import ENCODER_NAME, ThoughtEncoder
+from ..compiling import decides
+from ..encoder import ENCODER_NAME, ThoughtEncoder
+from .decoder import Attachment, around_decoder, find_border, forget_border, hand_over_state, take_state_back
 from .generation import GENERATION_METHODS
-from .hooks import Attachment, around_decoder, find_border, forget_border, hand_over_state, take_state_back
 
 MODEL_TAGS = ["pte", "peft_pte"]
 

@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from peft_pte import PTECache, fast_decode
+from peft_pte import PTECache
+from peft_pte.cache import graph
+from peft_pte.cache.slots import SlotBuffer
 from peft_pte.families import attention_modules
-from peft_pte.slots import SlotBuffer
 
 MODES = ["called", "recorded", *(["captured"] if torch.cuda.is_available() else [])]
 GREEDY = dict(do_sample=False, max_new_tokens=24, min_new_tokens=24)
@@ -59,10 +60,10 @@ class Replaying:
 
     def __init__(self, patch: pytest.MonkeyPatch, recorded: bool):
         self.is_on, self.count, self.captures = True, 0, 0
-        patch.setattr(fast_decode, "can_replay", lambda device: self.is_on)
-        patch.setattr(fast_decode, "EAGER_STEPS", 0)
+        patch.setattr(graph, "can_replay", lambda device: self.is_on)
+        patch.setattr(graph, "EAGER_STEPS", 0)
         patch.setattr(PTECache, "cuda_graph", True)
-        replay, capture = fast_decode.DecodeStep.replay, fast_decode.DecodeStep.capture
+        replay, capture = graph.DecodeStep.replay, graph.DecodeStep.capture
 
         def counted_replay(step, cache):
             self.count += 1
@@ -75,8 +76,8 @@ class Replaying:
                 with Recording() as step.graph:
                     step.forward()
 
-        patch.setattr(fast_decode.DecodeStep, "replay", counted_replay)
-        patch.setattr(fast_decode.DecodeStep, "capture", counted_capture)
+        patch.setattr(graph.DecodeStep, "replay", counted_replay)
+        patch.setattr(graph.DecodeStep, "capture", counted_capture)
 
     def off(self, function, *args, **kwargs):
         """Call a function eagerly."""
@@ -141,7 +142,7 @@ def test_families(monkeypatch, family: str, padded: bool, mode: str) -> None:
     ids = tokens().to(device)
     mask = left_padded(ids) if padded else None
     sizes = [7] + [1] * 33
-    monkeypatch.setattr(fast_decode, "can_replay", lambda device: False)
+    monkeypatch.setattr(graph, "can_replay", lambda device: False)
     expected, eager = decode(model, ids, mask, sizes)
     replaying = Replaying(monkeypatch, recorded=mode == "recorded")
     actual, cache = decode(model, ids, mask, sizes)
@@ -157,7 +158,7 @@ def test_dtypes(monkeypatch, mode: str, dtype: torch.dtype) -> None:
     device = "cuda" if mode == "captured" else "cpu"
     model = with_adapter(tiny_model("qwen3", dtype, head_dim=64), window_size=8).to(device)
     ids = tokens().to(device)
-    monkeypatch.setattr(fast_decode, "can_replay", lambda device: False)
+    monkeypatch.setattr(graph, "can_replay", lambda device: False)
     exact, _ = decode(copy.deepcopy(model).double(), ids, left_padded(ids), [7] + [1] * 33)
     eager, _ = decode(model, ids, left_padded(ids), [7] + [1] * 33)
     replaying = Replaying(monkeypatch, recorded=mode == "recorded")
@@ -267,7 +268,7 @@ def test_own_cache_and_going_on(replaying, model) -> None:
 @pytest.mark.parametrize("eager_steps", [0, 8])
 @pytest.mark.parametrize("retained_prefix", ["prompt", 2])
 def test_beams(replaying, monkeypatch, eager_steps: int, retained_prefix) -> None:
-    monkeypatch.setattr(fast_decode, "EAGER_STEPS", eager_steps)
+    monkeypatch.setattr(graph, "EAGER_STEPS", eager_steps)
     model = with_adapter(tiny_model("qwen2"), window_size=6, retained_prefix=retained_prefix)
     options = dict(num_beams=3, num_return_sequences=2, do_sample=False, max_new_tokens=20)
     expected = replaying.off(model.generate, **batch(), **options)
@@ -276,7 +277,7 @@ def test_beams(replaying, monkeypatch, eager_steps: int, retained_prefix) -> Non
 
 
 def test_steps_before_a_graph_is_made(replaying, model, monkeypatch) -> None:
-    monkeypatch.setattr(fast_decode, "EAGER_STEPS", 5)
+    monkeypatch.setattr(graph, "EAGER_STEPS", 5)
     decode(model, tokens(), None, [7] + [1] * 33)
     assert (replaying.count, replaying.captures) == (28, 1)
 
@@ -460,7 +461,7 @@ def warned(replaying, model, ids: torch.Tensor | None = None) -> str:
         actual, cache = decode(model, ids, None, [7] + [1] * 33)
     messages = [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
     assert len(messages) == 1 and replaying.count == 0
-    assert config._attn_implementation == before and fast_decode.current_step.get() is None
+    assert config._attn_implementation == before and graph.current_step.get() is None
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert_alike(cache, eager)
     return messages[0]
@@ -517,8 +518,8 @@ def test_dropout(replaying, config: dict) -> None:
 def test_other_attention_is_refused(replaying, monkeypatch) -> None:
     """Softcapping, sinks and the like arrive as arguments that are not known."""
     model = with_adapter(tiny_model("qwen2"), window_size=8)
-    capped = functools.partial(fast_decode.attend, softcap=30.0)
-    monkeypatch.setitem(fast_decode.AttentionInterface._global_mapping, fast_decode.ATTENTION, capped)
+    capped = functools.partial(graph.attend, softcap=30.0)
+    monkeypatch.setitem(graph.AttentionInterface._global_mapping, graph.ATTENTION, capped)
     assert "attention takes `softcap`" in warned(replaying, model)
 
 
@@ -535,8 +536,8 @@ def test_sliding_window_is_refused(replaying) -> None:
 def test_attention_that_goes_its_own_way_is_refused(replaying, monkeypatch) -> None:
     """A family that ignores the configured attention function would attend to slots that are not in use."""
     model = with_adapter(tiny_model("qwen2"), window_size=8)
-    sdpa = fast_decode.AttentionInterface._global_mapping["sdpa"]
-    monkeypatch.setitem(fast_decode.AttentionInterface._global_mapping, fast_decode.ATTENTION, sdpa)
+    sdpa = graph.AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(graph.AttentionInterface._global_mapping, graph.ATTENTION, sdpa)
     assert "do not use the function" in warned(replaying, model)
 
 
@@ -545,13 +546,13 @@ def test_a_capture_that_fails(replaying, model, monkeypatch) -> None:
         step.forward()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(fast_decode.DecodeStep, "capture", fail)
+    monkeypatch.setattr(graph.DecodeStep, "capture", fail)
     assert "not permitted when stream is capturing" in warned(replaying, model)
 
 
 def test_attention_is_only_for_steps(model) -> None:
     other = copy.deepcopy(model)
-    other.get_decoder().config._attn_implementation = fast_decode.ATTENTION
+    other.get_decoder().config._attn_implementation = graph.ATTENTION
     with pytest.raises(RuntimeError, match="in another thread"), torch.no_grad():
         other(input_ids=tokens(7))
 
@@ -594,17 +595,17 @@ def test_switches() -> None:
     cache = PTECache(cuda_graph=True)
     cache.reset()
     assert cache.cuda_graph
-    assert not fast_decode.can_replay(torch.device("cpu"))
+    assert not graph.can_replay(torch.device("cpu"))
 
 
 def test_threads() -> None:
     """The step that is being made belongs to its thread."""
     seen = []
-    token = fast_decode.current_step.set("ours")
-    thread = threading.Thread(target=lambda: seen.append(fast_decode.current_step.get()))
+    token = graph.current_step.set("ours")
+    thread = threading.Thread(target=lambda: seen.append(graph.current_step.get()))
     thread.start()
     thread.join()
-    fast_decode.current_step.reset(token)
+    graph.current_step.reset(token)
     assert seen == [None]
 
 

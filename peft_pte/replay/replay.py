@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .compiling import decides, uncompiled
-from .config import CachePolicy
+from ..cache.schedule import Schedule, Segment, stored_columns
+from ..compiling import decides, uncompiled
+from ..config import CachePolicy
+from ..host import CACHE_NAMES
 from .heads import Head, as_output, needed_columns, num_chunks
-from .host import CACHE_NAMES
 from .layout import Layout
-from .schedule import Schedule, Segment, stored_columns
 from .segments import Gone, LayerPast, Stored, checkpoints_layers, run_checkpointed, run_segment
 from .truncated import TruncatedReplay, is_sharded
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .compiling import uncompiled
-from .config import CachePolicy
+from ..compiling import uncompiled
+from ..config import CachePolicy
 
 
 @dataclass

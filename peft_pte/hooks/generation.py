@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .cache import PTECache, refuse_rollback
-from .hooks import current_prompt, named_arguments
-from .host import cache_in, rename_cache
+from ..cache.cache import PTECache, refuse_rollback
+from ..host import cache_in, rename_cache
+from .decoder import current_prompt, named_arguments
 
 
 class SampledLogProbs:

@@ -1,4 +1,4 @@
-"""What a captured step (fast_decode.py) takes for granted about the decoder, and what it cannot be made of."""
+"""What a captured step (graph.py) takes for granted about the decoder, and what it cannot be made of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
+PACKAGE = __name__.partition(".")[0]
 # Hooks that do nothing in a step without gradients: transformers', to record outputs and to train embeddings, and ours.
 HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
 
@@ -68,7 +69,7 @@ def refuse_model(decoder: nn.Module, snapshot: Snapshot, device: torch.device) -
     has_dropout = any("dropout" in name and value for name, value in vars(decoder.config).items())
     for module in decoder.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            ours = getattr(hook, "__module__", "").startswith(f"{__package__}.")
+            ours = getattr(hook, "__module__", "").startswith(f"{PACKAGE}.")
             if not ours and getattr(hook, "__name__", "") not in HARMLESS_HOOKS:
                 raise Unsupported(f"a {type(module).__name__} has a forward hook, which a replay would not call")
         drops = has_dropout or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)

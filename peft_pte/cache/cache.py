@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from .compiling import uncompiled
-from .config import CachePolicy
-from .encoder import Evicted, ThoughtEncoder
+from ..compiling import uncompiled
+from ..config import CachePolicy
+from ..encoder import Evicted, ThoughtEncoder
+from ..rotary import KeyPositions
 from .eviction import evict_at_once
-from .fast_decode import Replays
-from .rotary import KeyPositions
+from .graph import Replays
 from .schedule import Schedule, stored_columns
 from .slots import SlotBuffer
 
@@ -64,7 +64,7 @@ class PTECacheLayer(CacheLayerMixin):
         return keys, values
 
     def note_stored(self, count: int) -> None:
-        """Keys and values of `count` tokens were written behind the slots in use (see fast_decode.py)."""
+        """Keys and values of `count` tokens were written behind the slots in use (see graph.py)."""
         self.key_slots.length += count
         self.value_slots.length += count
         self.cumulative_length += count
@@ -143,7 +143,7 @@ class PTECache(DynamicCache):
     ```
 
     Args:
-        cuda_graph: on a GPU, replay the decoder's step of one token as a CUDA graph (fast_decode.py), with the same
+        cuda_graph: on a GPU, replay the decoder's step of one token as a CUDA graph (graph.py), with the same
             results up to rounding. A new graph is made for each cache after a few steps. None: as `PTECache.cuda_graph`
             says, which also holds for caches that `generate` makes: off, unless you set it.
     """

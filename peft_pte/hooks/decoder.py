@@ -23,13 +23,15 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache import PTECache
-from .compiling import decides, uncompiled
-from .config import CachePolicy, PTEConfig
-from .encoder import ENCODER_NAME, ThoughtEncoder
-from .families import SPLIT_PROJECTIONS
-from .fast_decode import replayed_step
-from .heads import (
+from ..cache.cache import PTECache
+from ..cache.graph import replayed_step
+from ..compiling import decides, uncompiled
+from ..config import CachePolicy, PTEConfig
+from ..encoder import ENCODER_NAME, ThoughtEncoder
+from ..families import SPLIT_PROJECTIONS
+from ..host import CACHE_NAMES, cache_in, call_with_cache, rename_cache, set_cache, take_cache, versions
+from ..layer import AttentionCall, Linear
+from ..replay.heads import (
     Head,
     as_output,
     current_head,
@@ -39,10 +41,8 @@ from .heads import (
     num_chunks,
     token_logprobs,
 )
-from .host import CACHE_NAMES, cache_in, call_with_cache, rename_cache, set_cache, take_cache, versions
-from .layer import AttentionCall, Linear
-from .replay import agreed_maximum, join_outputs, replay
-from .segments import layer_checkpointing_off
+from ..replay.replay import agreed_maximum, join_outputs, replay
+from ..replay.segments import layer_checkpointing_off
 
 # (decoder, border [B]) while the top model's forward runs; (decoder, columns of the prompt) while `generate` runs.
 current_border: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_border", default=None)

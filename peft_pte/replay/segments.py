@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .compiling import decides, uncompiled
-from .encoder import Evicted, ThoughtEncoder
-from .host import call_with_cache, set_cache
-from .rotary import KeyPositions
+from ..compiling import decides, uncompiled
+from ..encoder import Evicted, ThoughtEncoder
+from ..host import call_with_cache, set_cache
+from ..rotary import KeyPositions
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Where PTE meets the Hugging Face model; see `attach.py`."""

@@ -1,0 +1,1 @@
+"""Training: whole sequences under the bounded cache, segment by segment; see `replay.py`."""

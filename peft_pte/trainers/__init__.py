@@ -1,0 +1,1 @@
+"""Optional: trainers of TRL and transformers."""
