@@ -109,7 +109,11 @@ def test_second_pass_of_truncated_gradients_equals_ordinary_autograd(case: Case,
     for way in (ordinary_autograd, nullcontext):
         torch.manual_seed(0)
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-        with way(), patch("peft_pte.replay.replay.SHORTEST_PIECE", piece), patch("peft_pte.heads.CHUNK_TOKENS", 7):
+        with (
+            way(),
+            patch("peft_pte.replay.replay.SHORTEST_PIECE", piece),
+            patch("peft_pte.replay.heads.CHUNK_TOKENS", 7),
+        ):
             if of == "logprobs":
                 value = sequence_logprobs(model, ids, **call)[0][..., None]
             elif of == "hidden":

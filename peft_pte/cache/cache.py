@@ -14,9 +14,6 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from ..compiling import uncompiled
 from ..config import CachePolicy
 from ..encoder import Evicted, ThoughtEncoder
-from ..rotary import KeyPositions
-from .eviction import evict_at_once
-from .graph import Replays
 from .schedule import Schedule, stored_columns
 from .slots import SlotBuffer
 
@@ -168,7 +165,6 @@ class PTECache(DynamicCache):
         self.prefix: list[int] = []
         self.evicted: list[int] = []
         self.padding: list[int] = []
-        self.replays = Replays()
 
     @classmethod
     def adopt(cls, cache: DynamicCache) -> PTECache:
@@ -259,10 +255,10 @@ class PTECache(DynamicCache):
         return self.positions.length
 
     @property
-    def _in_lockstep(self) -> bool:
+    def in_lockstep(self) -> bool:
         return len({*zip(self.lead, self.prefix)}) == 1
 
-    def _num_thoughts(self, row: int) -> int:
+    def num_thoughts(self, row: int) -> int:
         return self.stored_length - self.lead[row] - self.prefix[row]
 
     @uncompiled
@@ -270,53 +266,7 @@ class PTECache(DynamicCache):
         """How many tokens all rows can take before one of them must evict; only after `evict`."""
         if self.schedule is None:  # in the prompt, with window_size="prompt": nothing to evict yet
             return self.prompt_length - self.get_seq_length()
-        return min(self.schedule.room(self._num_thoughts(row)) for row in range(len(self.lead)))
-
-    @uncompiled
-    def evict(self, mask: torch.Tensor | None, decoder: nn.Module) -> None:
-        """Let the oldest thoughts of all rows that are full leave.
-
-        They are encoded here, for all layers at once and out of the slots themselves, where kernels can do that; else
-        the layers encode a copy in the coming step.
-        """
-        if self.schedule is None:
-            return
-        full = [self.schedule.is_full(self._num_thoughts(row)) for row in range(len(self.lead))]
-        if not any(full):
-            return
-        n = self.schedule.num_evicted
-        if self._in_lockstep:
-            start = self.lead[0] + self.prefix[0]
-            column = self.padding[0] + self.prefix[0] + self.evicted[0]
-            valid = None if mask is None else mask[:, column : column + n].bool()
-            valid = None if valid is None or bool(valid.all()) else valid
-            positions = KeyPositions(decoder.rotary_emb, self.positions.take(start, n)[:, 0, :, 0])
-            if not evict_at_once(self, decoder, start, n, positions, valid):
-                for layer in self.layers:
-                    gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
-                    layer.evicted = Evicted(*gone, positions, valid)
-            self.evicted = [evicted + n for evicted in self.evicted]
-            return
-        # Rows are full at different times. A row that evicts moves its prefix up and gets empty slots in front; slots
-        # that are empty in all rows are given back.
-        taken, kept, lead = [], [], []
-        for row, is_full in enumerate(full):
-            first = self.lead[row] + self.prefix[row]
-            slots = list(range(self.stored_length))
-            taken.append(slots[first : first + n] if is_full else [0] * n)
-            kept.append([0] * n + slots[:first] + slots[first + n :] if is_full else slots)
-            lead.append(self.lead[row] + n * is_full)
-        column_mask = self.compact_mask(mask, 0)
-        drop = min(lead)
-        taken_index, kept_index = torch.tensor(taken), torch.tensor(kept)[:, drop:]
-        valid = torch.tensor(full)[:, None].expand(-1, n).to(column_mask.device)
-        valid = valid & column_mask.bool().gather(1, taken_index.to(column_mask.device))
-        positions = KeyPositions(decoder.rotary_emb, self.positions.take_rows(taken_index, kept_index)[:, 0, :, 0])
-        for layer in self.layers:
-            gone = (slots.take_rows(taken_index, kept_index) for slots in (layer.key_slots, layer.value_slots))
-            layer.evicted = Evicted(*gone, positions, valid)
-        self.lead = [length - drop for length in lead]
-        self.evicted = [evicted + n * is_full for evicted, is_full in zip(self.evicted, full)]
+        return min(self.schedule.room(self.num_thoughts(row)) for row in range(len(self.lead)))
 
     @uncompiled
     def compact_mask(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor | None:
@@ -379,7 +329,6 @@ class PTECache(DynamicCache):
         return norms
 
     def _select_rows(self, index: torch.Tensor) -> None:
-        self.replays.drop()
         for layer in self.layers:
             layer.select(index)
         self.positions.select(index)

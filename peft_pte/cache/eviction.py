@@ -1,8 +1,6 @@
-"""Evictions of all layers at once: thoughts are encoded out of the cache, in a few launches for the whole model."""
+"""Who evicts: thoughts leave the cache in all layers at once, and are encoded in a few launches for the whole model."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,14 +8,60 @@ from torch import nn
 import peft_pte_kernels
 from peft_pte_kernels import dispatch
 
+from ..compiling import uncompiled
 from ..encoder import ENCODER_NAME, Evicted, ThoughtEncoder, read_layers, write_layers
 from ..families import attention_modules
 from ..rotary import KeyPositions
-
-if TYPE_CHECKING:
-    from .cache import PTECache
+from .cache import PTECache
 
 Encoders = list[tuple[nn.Module, ThoughtEncoder]]  # with their attention modules
+
+
+@uncompiled
+def evict(cache: PTECache, mask: torch.Tensor | None, decoder: nn.Module) -> None:
+    """Let the oldest thoughts of all rows that are full leave.
+
+    They are encoded here, for all layers at once and out of the slots themselves, where kernels can do that; else
+    the layers encode a copy in the coming step.
+    """
+    if cache.schedule is None:
+        return
+    full = [cache.schedule.is_full(cache.num_thoughts(row)) for row in range(len(cache.lead))]
+    if not any(full):
+        return
+    n = cache.schedule.num_evicted
+    if cache.in_lockstep:
+        start = cache.lead[0] + cache.prefix[0]
+        column = cache.padding[0] + cache.prefix[0] + cache.evicted[0]
+        valid = None if mask is None else mask[:, column : column + n].bool()
+        valid = None if valid is None or bool(valid.all()) else valid
+        positions = KeyPositions(decoder.rotary_emb, cache.positions.take(start, n)[:, 0, :, 0])
+        if not evict_at_once(cache, decoder, start, n, positions, valid):
+            for layer in cache.layers:
+                gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
+                layer.evicted = Evicted(*gone, positions, valid)
+        cache.evicted = [evicted + n for evicted in cache.evicted]
+        return
+    # Rows are full at different times. A row that evicts moves its prefix up and gets empty slots in front; slots
+    # that are empty in all rows are given back.
+    taken, kept, lead = [], [], []
+    for row, is_full in enumerate(full):
+        first = cache.lead[row] + cache.prefix[row]
+        slots = list(range(cache.stored_length))
+        taken.append(slots[first : first + n] if is_full else [0] * n)
+        kept.append([0] * n + slots[:first] + slots[first + n :] if is_full else slots)
+        lead.append(cache.lead[row] + n * is_full)
+    column_mask = cache.compact_mask(mask, 0)
+    drop = min(lead)
+    taken_index, kept_index = torch.tensor(taken), torch.tensor(kept)[:, drop:]
+    valid = torch.tensor(full)[:, None].expand(-1, n).to(column_mask.device)
+    valid = valid & column_mask.bool().gather(1, taken_index.to(column_mask.device))
+    positions = KeyPositions(decoder.rotary_emb, cache.positions.take_rows(taken_index, kept_index)[:, 0, :, 0])
+    for layer in cache.layers:
+        gone = (slots.take_rows(taken_index, kept_index) for slots in (layer.key_slots, layer.value_slots))
+        layer.evicted = Evicted(*gone, positions, valid)
+    cache.lead = [length - drop for length in lead]
+    cache.evicted = [evicted + n * is_full for evicted, is_full in zip(cache.evicted, full)]
 
 
 def evict_at_once(

@@ -6,10 +6,10 @@ to token (token, position, slot, states) stands in tensors that the graph reads.
 as ever. The captured step stores keys and values by a slot index on the device, and attends with a function of ours,
 which takes the number of slots in use from there; masks are reduced to the first slot in use of each row.
 
-The graph lives in the cache (`PTECache.replays`). An eager step and a replayed one leave the cache alike, and may
-follow each other in any order. What a graph would miss drops it: other storage (rows selected, slots grown), moved or
-replaced parameters, new hooks (snapshot.py). What it cannot do at all is found out when it is made: a warning names the
-reason once, and decoding goes on eagerly.
+The graph is kept beside the cache, for as long as that lives. An eager step and a replayed one leave the cache alike,
+and may follow each other in any order. What a graph would miss drops it: other storage (rows selected, slots grown),
+moved or replaced parameters, new hooks (snapshot.py). What it cannot do at all is found out when it is made: a warning
+names the reason once, and decoding goes on eagerly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -30,14 +31,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from peft_pte_kernels import decode_attention
 
 from ..compiling import uncompiled
-from ..encoder import ENCODER_NAME
+from ..encoder import ENCODER_NAME, ThoughtEncoder
 from ..families import attention_modules
 from ..host import call_with_cache
+from .cache import PTECache
 from .snapshot import Snapshot, Unsupported, refuse_model
-
-if TYPE_CHECKING:
-    from ..encoder import ThoughtEncoder
-    from .cache import PTECache
 
 ATTENTION = "pte_decode"
 # Attention functions that compute what ours does, as far as a family passes nothing but a scaling.
@@ -276,19 +274,13 @@ class DecodeStep:
 
 
 class Replays:
-    """The captured step of a cache, once there is one. Copies and pickles of the cache start without."""
+    """The captured step of a cache, once there is one."""
 
     def __init__(self) -> None:
         self.step: DecodeStep | None = None
         self.num_waiting = EAGER_STEPS
         self.storage: torch.Tensor | None = None
         self.has_failed = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
-        return Replays()
-
-    def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
-        return Replays, ()
 
     def drop(self) -> None:
         """Forget the graph; another is made when storage has not changed for a while."""
@@ -303,6 +295,10 @@ class Replays:
             self.num_waiting -= 1
             return False
         return not self.has_failed
+
+
+# By cache. Copies and pickles of a cache start without.
+REPLAYS: WeakKeyDictionary[PTECache, Replays] = WeakKeyDictionary()
 
 
 def is_plain_step(decoder: nn.Module, cache: PTECache, inputs: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> bool:
@@ -347,9 +343,9 @@ def replayed_step(
         inputs: `input_ids` [B, 1]. mask: [B, stored + 1] without evicted columns, or None. positions: [B, 1].
         kwargs: what else the decoder was called with.
     """
-    replays = cache.replays
     if not cache.cuda_graph or not is_plain_step(decoder, cache, inputs, kwargs):
         return None
+    replays = REPLAYS.setdefault(cache, Replays())
     if replays.step is not None and not replays.step.is_valid(decoder, cache):
         replays.drop()
     if replays.step is None and not replays.is_due(cache):

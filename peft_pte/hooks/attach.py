@@ -1,4 +1,14 @@
-"""Installs the hooks on a Hugging Face model, and takes them off again."""
+"""Installs the hooks on a Hugging Face model, and takes them off again.
+
+Where PTE meets the model: on the model itself, since several callers go around the tuner.
+
+(H1) hooks on the top model find the prompt border in `prompt_lengths`, `labels` or `logits_to_keep` (border.py);
+(H2) a wrapper of the decoder's forward adopts the cache, evicts, splits long inputs, runs the replay (decoder.py);
+(H3) hooks on each attention module hand the state to its projections and take it back (attention.py);
+(H4) a wrapper of `generate` refuses what cannot work and makes the prompt length known (generation.py).
+
+Nothing is kept between calls except in the cache.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +21,10 @@ from torch import nn
 
 from ..compiling import decides
 from ..encoder import ENCODER_NAME, ThoughtEncoder
-from .decoder import Attachment, around_decoder, find_border, forget_border, hand_over_state, take_state_back
+from .attachment import Attachment
+from .attention import hand_over_state, take_state_back
+from .border import find_border, forget_border
+from .decoder import around_decoder
 from .generation import GENERATION_METHODS
 
 MODEL_TAGS = ["pte", "peft_pte"]

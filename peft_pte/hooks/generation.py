@@ -12,7 +12,7 @@ from torch import nn
 
 from ..cache.cache import PTECache, refuse_rollback
 from ..host import cache_in, rename_cache
-from .decoder import current_prompt, named_arguments
+from .border import current_prompt, named_arguments
 
 
 class SampledLogProbs:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,13 +22,38 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..cache.schedule import Segment
 from ..encoder import ENCODER_NAME, ThoughtEncoder
 from ..families import attention_modules
 from ..rotary import KeyPositions
+from .heads import Head
 from .segments import Cores, Gone, LayerPast, Stored
 
-if TYPE_CHECKING:
-    from .replay import Replay
+
+class Run(Protocol):
+    """What is asked of a forward that is computed segment by segment; `replay.Replay` is one."""
+
+    decoder: nn.Module
+    head: Head | None
+    inputs: dict[str, torch.Tensor]
+    positions: torch.Tensor
+
+    def new_past(self) -> list[LayerPast]: ...
+
+    def groups(self) -> Iterator[list[Segment]]: ...
+
+    def take_evicted(self, past: list[LayerPast], segment: Segment) -> Gone: ...
+
+    def run(
+        self,
+        segment: Segment,
+        past: list[LayerPast],
+        gone: Gone | None,
+        checkpointed: bool,
+        embeds: torch.Tensor | None = None,
+    ) -> BaseModelOutputWithPast: ...
+
+    def run_all(self, truncated: bool, checkpointed: bool, offload: bool = False) -> list[BaseModelOutputWithPast]: ...
 
 
 def is_sharded(parameters: list[nn.Parameter]) -> bool:
@@ -158,12 +183,10 @@ class Surroundings:
 
 
 class TruncatedReplay(torch.autograd.Function):
-    """`run` (a `Replay`) as one function of its input embeddings, if that is what its inputs are, and of parameters."""
+    """`run` as one function of its input embeddings, if that is what its inputs are, and of parameters."""
 
     @staticmethod
-    def forward(
-        ctx: Any, run: Replay, embeds: torch.Tensor | None, *parameters: nn.Parameter
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, run: Run, embeds: torch.Tensor | None, *parameters: nn.Parameter) -> tuple[torch.Tensor, ...]:
         """The joined results of all segments, each [B, T', ...] in the layout's columns; last, the first column of the
         hidden states, [B, 1, D]."""
         ctx.run, ctx.adapters = run, adapters_of(run)
@@ -224,7 +247,7 @@ class TruncatedReplay(torch.autograd.Function):
         )
 
 
-def adapters_of(run: Replay) -> list[tuple[str, ...]]:
+def adapters_of(run: Run) -> list[tuple[str, ...]]:
     """The live adapters of each layer."""
     encoders = (getattr(module, ENCODER_NAME, None) for module in attention_modules(run.decoder).values())
     return [tuple(encoder.live_adapters) for encoder in encoders if encoder is not None]

@@ -1,0 +1,42 @@
+"""The state, for one call of an attention module (H3): handed to its projections, and taken back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..encoder import ENCODER_NAME
+from ..families import SPLIT_PROJECTIONS
+from ..host import CACHE_NAMES, cache_in, versions
+from ..layer import AttentionCall, Linear
+
+
+def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module: encode what was evicted, and hand S to the projections."""
+    encoder = getattr(attention, ENCODER_NAME)
+    if not encoder.live_adapters:
+        return
+    cache = cache_in(kwargs)
+    layer = cache.layers[attention.layer_idx] if cache is not None else None
+    if not hasattr(layer, "states_for"):
+        raise RuntimeError(
+            f"Layer {attention.layer_idx} was called without PTE's cache (got {type(cache).__name__}), so its thoughts "
+            "would be lost in silence. Likely causes: the decoder's layers are called on their own instead of the "
+            "model; the decoder's `forward` was replaced after the adapter was attached; a gradient checkpointing of "
+            f"somebody else's drops the cache; or the model's code hands its cache on under a name other than "
+            f"{' or '.join(map(repr, CACHE_NAMES))}. Installed: {versions()}."
+        )
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    states = layer.states_for(encoder, attention, hidden_states.shape[0])
+    adapted = {name: child for name, child in attention.named_children() if isinstance(child, Linear)}
+    call = AttentionCall(states, [adapted[name] for name in SPLIT_PROJECTIONS if name in adapted])
+    for projection in adapted.values():
+        projection.call = call
+
+
+def take_state_back(attention: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of an attention module, called on errors too: nothing stays in the modules."""
+    for projection in attention.children():
+        if isinstance(projection, Linear):
+            projection.call = None
