@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -86,6 +87,10 @@ class PTELayer(BaseTunerLayer):
         present = getattr(self, self.other_param_names[0])
         return [name for name in self.active_adapters if name in present]
 
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether the adapter is present here, active or not."""
+        return adapter_name in getattr(self, self.other_param_names[0])
+
     def _adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         containers = (getattr(self, container) for container in self.adapter_layer_names)
         return [p for c in containers if adapter_name in c for p in c[adapter_name].parameters()]
@@ -117,12 +122,13 @@ class AttentionCall:
 
     Args:
         states: S of each adapter, [B, r, r].
-        siblings: the projections that read the same input (q, k and v). The first one that is called computes all, so
+        projections: all that are adapted.
+        siblings: those of them that read the same input (q, k and v). The first one that is called computes all, so
             that they share their kernels, and leaves the results of the others here.
     """
 
-    def __init__(self, states: dict[str, torch.Tensor], siblings: list[Linear]):
-        self.states, self.siblings = states, siblings
+    def __init__(self, states: dict[str, torch.Tensor], projections: Collection[Linear], siblings: list[Linear]):
+        self.states, self.projections, self.siblings = states, projections, siblings
         self.input: torch.Tensor | None = None
         self.results: dict[Linear, torch.Tensor] = {}
 
@@ -137,12 +143,20 @@ class AttentionCall:
         return [projection, *(sibling for sibling in self.siblings if sibling is not projection)]
 
 
+# While the forward of an attention module runs, in the thread in which it does: two threads may use one model.
+current_call: ContextVar[AttentionCall | None] = ContextVar("pte_call", default=None)
+
+
 class Linear(nn.Module, PTELayer):
     """A projection with a state-conditioned low-rank update.
 
     `pte_B[name]` is [r, in], `pte_A[name]` is [out, r]; the state `S` [B, r, r] is handed over by the attention
-    module's hooks in `call`, for the duration of one call, and is never kept.
+    module's hooks in `current_call`, for the duration of one call, and is never kept.
     """
+
+    # The compiler knows no context variables. While it traces an attention module, its hooks write here instead, and
+    # take it back in the same graph, so that nothing of it is left in the compiled code.
+    traced_call: AttentionCall | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PTEConfig):
         super().__init__()
@@ -152,7 +166,6 @@ class Linear(nn.Module, PTELayer):
         self.pte_A = nn.ModuleDict({})
         self.pte_B = nn.ModuleDict({})
         self.pte_dropout = nn.ModuleDict({})
-        self.call: AttentionCall | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -181,8 +194,8 @@ class Linear(nn.Module, PTELayer):
         live = self.live_adapters
         if not live:
             return self.base_layer(x, *args, **kwargs)
-        call = self.call
-        if call is None:
+        call = self.traced_call or current_call.get()
+        if call is None or self not in call.projections:
             raise RuntimeError(
                 "A PTE projection was called outside of its attention module, so there is no thought state to use. "
                 "Call the model, or disable the adapter with `with model.disable_adapter():`."

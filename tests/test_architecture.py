@@ -27,8 +27,8 @@ LEVELS = [
 ROOMS = {
     "cache": [["schedule", "slots"], ["cache"], ["eviction", "snapshot", "__init__"], ["graph"]],
     "replay": [["layout", "segments", "heads", "__init__"], ["truncated"], ["replay"]],
-    "hooks": [["attachment", "border", "attention", "__init__"], ["decoder", "generation"], ["attach"]],
-    "trainers": [["checkpoints", "__init__"], ["grpo"]],
+    "hooks": [["attachment", "border", "calls", "attention", "__init__"], ["decoder", "generation"], ["attach"]],
+    "trainers": [["checkpoints", "__init__"], ["grpo", "prompts"]],
 }
 
 

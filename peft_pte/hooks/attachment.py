@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..compiling import decides
 from ..config import CachePolicy, PTEConfig
 from ..encoder import ThoughtEncoder
+
+
+class Ref:
+    """A weak reference to a module, which goes with it into a deepcopy or a pickle.
+
+    Weak, so that what lies on a module makes no circle with it, and `del model` frees the memory at once.
+    """
+
+    def __init__(self, target: nn.Module):
+        self._ref = weakref.ref(target)
+
+    def __call__(self) -> nn.Module:
+        target = self._ref()
+        if target is None:
+            raise ReferenceError("The model that this part of PTE belonged to has been deleted.")
+        return target
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ref:
+        return Ref(copy.deepcopy(self(), memo))
+
+    def __reduce__(self) -> tuple[type[Ref], tuple[nn.Module]]:
+        return Ref, (self(),)
 
 
 class Attachment:
@@ -19,10 +47,23 @@ class Attachment:
     """
 
     def __init__(self, top: nn.Module, decoder: nn.Module):
-        self.top, self.decoder = top, decoder
+        self._top, self._decoder = Ref(top), Ref(decoder)
         self.configs: dict[str, PTEConfig] = {}
         self.encoders: list[ThoughtEncoder] = []
         self.handles: list[Any] = []
+        embeddings = getattr(type(top), "get_output_embeddings", None)
+        # Labels of such a model are tokens; those of a classifier or a reward model are something else.
+        self.predicts_tokens = embeddings is not None and embeddings(top) is not None
+
+    @property
+    def top(self) -> nn.Module:
+        """The language model that the decoder is part of."""
+        return self._top()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module with the layers."""
+        return self._decoder()
 
     def active(self) -> tuple[CachePolicy | None, tuple[str, ...]]:
         """The cache policy of the live adapters, None if PTE is off, and their names.
@@ -43,3 +84,53 @@ class Attachment:
     def trains(self) -> bool:
         """Whether this call builds a graph for the adapter's parameters."""
         return torch.is_grad_enabled() and any(p.requires_grad for e in self.encoders for p in e.parameters())
+
+
+class Wrapper:
+    """`around(module, original, *args, **kwargs)` in front of a method of one module.
+
+    It lies in the instance's `__dict__`. What was there before (a wrapper of accelerate's, say) is called as
+    `original`. If somebody has wrapped it in turn, it cannot be taken off: it then passes everything through as soon as
+    the attachment that it belongs to is no longer the module's.
+    """
+
+    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any], attachment: Attachment):
+        self.module, self.name, self.around, self.attachment = Ref(module), name, around, attachment
+        self.previous: Callable[..., Any] | None = module.__dict__.get(name)
+        method = getattr(type(module), name)
+        self.__name__, self.__qualname__, self.__doc__ = name, method.__qualname__, method.__doc__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The method without this wrapper."""
+        if self.previous is not None:
+            return self.previous
+        module = self.module()
+        return functools.partial(getattr(type(module), self.name), module)
+
+    @decides
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module()
+        if module.__dict__.get("pte_attachment") is not self.attachment:
+            return self.original(*args, **kwargs)
+        return self.around(module, self.original, *args, **kwargs)
+
+
+def wrap(module: nn.Module, name: str, around: Callable[..., Any], attachment: Attachment) -> None:
+    """Put a `Wrapper` in front of `module.<name>`, for this instance only."""
+    setattr(module, name, Wrapper(module, name, around, attachment))
+
+
+def unwrap(module: nn.Module, name: str, attachment: Attachment) -> None:
+    """Take the attachment's wrapper off again, unless somebody has wrapped it since."""
+    wrapper = module.__dict__.get(name)
+    if not isinstance(wrapper, Wrapper) or wrapper.attachment is not attachment:
+        return
+    if wrapper.previous is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, wrapper.previous)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..encoder import ENCODER_NAME
 from ..families import SPLIT_PROJECTIONS
 from ..host import CACHE_NAMES, cache_in, versions
-from ..layer import AttentionCall, Linear
+from ..layer import AttentionCall, Linear, current_call
 
 
 def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -30,13 +31,20 @@ def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     states = layer.states_for(encoder, attention, hidden_states.shape[0])
     adapted = {name: child for name, child in attention.named_children() if isinstance(child, Linear)}
-    call = AttentionCall(states, [adapted[name] for name in SPLIT_PROJECTIONS if name in adapted])
-    for projection in adapted.values():
-        projection.call = call
+    siblings = [adapted[name] for name in SPLIT_PROJECTIONS if name in adapted]
+    call = AttentionCall(states, adapted.values(), siblings)
+    if torch.compiler.is_compiling():
+        for projection in adapted.values():
+            projection.traced_call = call
+    else:
+        current_call.set(call)
 
 
 def take_state_back(attention: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of an attention module, called on errors too: nothing stays in the modules."""
-    for projection in attention.children():
-        if isinstance(projection, Linear):
-            projection.call = None
+    """Forward hook of an attention module, called on errors too: nothing stays behind."""
+    if torch.compiler.is_compiling():
+        for projection in attention.children():
+            if isinstance(projection, Linear):
+                projection.traced_call = None
+    else:
+        current_call.set(None)

@@ -1,14 +1,17 @@
 """Where the prompt ends and the thoughts begin (H1): what a call of the top model says about it.
 
 The border travels from the top model to the decoder in a context variable, because callers such as fused loss heads
-call the decoder on their own.
+call the decoder on their own. So does what surrounds a call and knows more: `generate` its prompt, a trainer its batch.
+What it knows holds for the same tokens only: a logits processor or a critic that calls the model on another text inside
+of `generate` has its own prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from inspect import signature
 from typing import Any
@@ -20,9 +23,12 @@ from ..compiling import uncompiled
 from ..host import cache_in, rename_cache
 from ..replay.heads import current_head, first_labels
 
-# (decoder, border [B]) while the top model's forward runs; (decoder, columns of the prompt) while `generate` runs.
+# (decoder, border [B]) while the top model's forward runs.
 current_border: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_border", default=None)
-current_prompt: ContextVar[tuple[nn.Module, int] | None] = ContextVar("pte_prompt", default=None)
+# (decoder, prompt: [B, P] or [B, P, D], None for the BOS token alone) while `generate` runs.
+current_prompt: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_prompt", default=None)
+# (tokens [B, T], border [B]) of the batch that a trainer computes its loss of.
+current_batch: ContextVar[tuple[torch.Tensor, torch.Tensor] | None] = ContextVar("pte_batch", default=None)
 
 LIBRARIES = {"peft_pte", "peft", "torch", "transformers", "accelerate"}
 
@@ -43,16 +49,64 @@ def named_arguments(method: Callable[..., Any], args: tuple, kwargs: dict[str, A
     return {**dict(zip(list(signature(method).parameters)[1:], args)), **kwargs}
 
 
+def prompt_length_of(decoder: nn.Module, x: torch.Tensor, seen: int) -> int | None:
+    """The columns of the prompt of the `generate` that calls the decoder with `x` [B, q(, D)] after `seen` columns.
+
+    None if there is none, if its prompt is over, or if `x` is another text.
+    """
+    noted = current_prompt.get()
+    if noted is None or noted[0] is not decoder:
+        return None
+    prompt = noted[1]
+    if prompt is None:
+        return 1 if seen == 0 and x.shape[1] == 1 else None
+    rest = prompt[:, seen : seen + x.shape[1]]
+    if not rest.shape[1] or rest.ndim != x.ndim or x.shape[0] % rest.shape[0]:
+        return None
+    # `generate` repeats rows for beams and for several answers.
+    rest = rest.repeat_interleave(x.shape[0] // rest.shape[0], dim=0).to(x.device)
+    return prompt.shape[1] if torch.equal(x[:, : rest.shape[1]], rest) else None
+
+
+@contextlib.contextmanager
+def batch_known(input_ids: torch.Tensor, prompt_lengths: torch.Tensor) -> Iterator[None]:
+    """Calls of the model on these tokens [B, T] know where prompts end ([B], as `prompt_lengths`), if nothing else
+    says so."""
+    token = current_batch.set((input_ids, prompt_lengths))
+    try:
+        yield
+    finally:
+        current_batch.reset(token)
+
+
+def border_of_batch(x: torch.Tensor) -> torch.Tensor | None:
+    """The border [B] of tokens that a trainer has made known."""
+    known = current_batch.get()
+    if known is None:
+        return None
+    ids, border = known
+    same = ids.shape == x.shape and torch.equal(ids.to(x.device), x)
+    return border.to(x.device) if same else None
+
+
 @uncompiled
 def find_border(top: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the top model: take `prompt_lengths` out of the call and note the border."""
     attachment = top.pte_attachment
+    if getattr(top, "_is_replica", False):
+        raise RuntimeError(
+            "PTE does not support `torch.nn.DataParallel`, which `Trainer` uses by itself where it sees several GPUs: "
+            "it copies a model for every call, while the adapter's hooks belong to one model. Start one process for "
+            "each GPU (`accelerate launch -m peft_pte script.py`), or show the script one GPU only "
+            "(`CUDA_VISIBLE_DEVICES=0`)."
+        )
     prompt_lengths = kwargs.pop("prompt_lengths", None)
     border = None
     policy, _ = attachment.active()
     if policy is not None or current_head.get() is not None:
         call = named_arguments(type(top).forward, args, kwargs)
-        border = border_of(call, prompt_lengths, keeps_prompt=policy is not None and policy.retained_prefix == "prompt")
+        keeps_prompt = policy is not None and policy.retained_prefix == "prompt"
+        border = border_of(call, prompt_lengths, keeps_prompt, attachment.predicts_tokens)
     current_border.set((attachment.decoder, border))
     return args, kwargs if policy is None else rename_cache(kwargs, type(top).forward)
 
@@ -63,53 +117,86 @@ def forget_border(top: nn.Module, args: tuple, output: Any) -> None:
     current_border.set(None)
 
 
-def border_of(call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool) -> torch.Tensor | None:
+def border_of(
+    call: dict[str, Any], prompt_lengths: Any, keeps_prompt: bool, predicts_tokens: bool
+) -> torch.Tensor | None:
     """The caller's column of each row's first thought, [B], or None if the call does not say.
 
-    In this order: `prompt_lengths`; the first label that is not -100 (a row without any takes the batch's minimum),
-    also where labels are those of the last `logits_to_keep` columns (ms-swift cuts them so); an int `logits_to_keep`
-    above 1 (TRL's way to ask for the logits of the completion and of the token before it).
+    In this order: `prompt_lengths`; the first label that is not -100 (a row without any takes the batch's minimum, and
+    without any at all everything is prompt), also where labels are those of the last `logits_to_keep` columns (ms-swift
+    cuts them so); an int `logits_to_keep` above 1 (TRL's way to ask for the logits of the completion and of the token
+    before it); what a trainer has made known (`batch_known`).
+
+    Args:
+        predicts_tokens: labels are tokens; those of other heads (classes, scores) say nothing about the prompt.
+
+    Raises:
+        ValueError: `prompt_lengths` are not what they must be.
     """
     x = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-    past = cache_in(call)
-    if x is None or (past is not None and past.get_seq_length()):
-        if prompt_lengths is not None:
-            raise ValueError("`prompt_lengths` was given with a cache that holds tokens: its prompt border is known.")
+    if x is None:
         return None
     batch_size, length = x.shape[:2]
+    past = cache_in(call)
+    seen = past.get_seq_length() if past is not None else 0
     if prompt_lengths is not None:
-        border = torch.as_tensor(prompt_lengths, device=x.device)
-        border = border.expand(batch_size) if border.ndim == 0 else border
-        if (
-            border.shape != (batch_size,)
-            or border.is_floating_point()
-            or not ((border >= 0) & (border <= length)).all()
-        ):
-            raise ValueError(
-                f"`prompt_lengths` must hold one integer in [0, {length}] for each of the {batch_size} rows (the "
-                f"column at which the completion begins, padding counted), got {prompt_lengths!r}."
-            )
-        return border.long()
+        # With a cache the rest of the prompt may come later.
+        most = None if past is not None or call.get("use_cache") else length
+        return checked_lengths(prompt_lengths, batch_size, seen, most, x.device)
+    if seen:
+        return None
     labels, logits_to_keep = call.get("labels"), call.get("logits_to_keep")
     kept = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep < length else length
-    if isinstance(labels, torch.Tensor) and labels.shape in ((batch_size, length), (batch_size, kept)):
+    if (
+        predicts_tokens
+        and isinstance(labels, torch.Tensor)
+        and not labels.is_floating_point()
+        and labels.shape in ((batch_size, length), (batch_size, kept))
+    ):
         labels = torch.nn.functional.pad(labels.to(x.device), (length - labels.shape[1], 0), value=-100)
         border = first_labels(labels)
-        if bool((border == length).all()):
-            return None
         mask = call.get("attention_mask")
         if keeps_prompt and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
-            num_prompt = border if mask is None else mask[:, :length].to(x.device).cumsum(-1).gather(1, border[:, None])
-            if bool((num_prompt <= (mask is not None)).all()):
-                warn_caller(
-                    "The labels cover whole sequences, so PTE keeps no prompt: everything streams through the window. "
-                    "Set the labels of the prompt to -100, or pass `prompt_lengths`."
-                )
-            warn_of_turns(labels, border, mask)
+            warn_of_labels(labels, border, mask)
         return border
     if isinstance(logits_to_keep, int) and logits_to_keep > 1:
         return torch.full((batch_size,), max(0, length - (logits_to_keep - 1)), device=x.device)
-    return None
+    return border_of_batch(x)
+
+
+def checked_lengths(
+    prompt_lengths: Any, batch_size: int, seen: int, most: int | None, device: torch.device
+) -> torch.Tensor:
+    """`prompt_lengths` as a tensor [B], counted from the sequence's first column."""
+    border = torch.as_tensor(prompt_lengths, device=device)
+    border = border.expand(batch_size) if border.ndim == 0 else border
+    fits = border.shape == (batch_size,) and not border.is_floating_point()
+    if not fits or not bool(((border >= seen) & (border <= (border if most is None else most))).all()):
+        wanted = f"one integer in [{seen}, {most}]" if most is not None else f"one integer, {seen} or more,"
+        raise ValueError(
+            f"`prompt_lengths` must hold {wanted} for each of the {batch_size} rows (the column at which the "
+            f"completion begins, padding counted), got {prompt_lengths!r}."
+            + (f" The cache has seen {seen} columns already." if seen else "")
+        )
+    return border.long()
+
+
+def warn_of_labels(labels: torch.Tensor, border: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Say what labels mean that may be meant otherwise. `labels` [B, T], `border` [B]."""
+    length = labels.shape[1]
+    if bool((border == length).all()):  # nothing is learned of this batch
+        return
+    if mask is None:
+        num_prompt = border
+    else:
+        before = torch.nn.functional.pad(mask[:, :length].to(labels.device).cumsum(-1), (1, 0))
+        num_prompt = before.gather(1, border[:, None])
+    if not bool(num_prompt.any()):
+        warn_caller(
+            "The labels cover whole sequences, so PTE keeps no prompt: everything streams through the window. "
+            "Set the labels of the prompt to -100, or pass `prompt_lengths`."
+        )
+    warn_of_turns(labels, border, mask)
 
 
 def warn_of_turns(labels: torch.Tensor, border: torch.Tensor, mask: torch.Tensor | None) -> None:

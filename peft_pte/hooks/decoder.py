@@ -21,23 +21,9 @@ from ..config import CachePolicy
 from ..host import cache_in, call_with_cache, set_cache, take_cache
 from ..replay.heads import Head, as_output, current_head, current_hidden, needed_columns, num_chunks, token_logprobs
 from ..replay.replay import agreed_maximum, join_outputs, replay
-from ..replay.segments import layer_checkpointing_off
-from .border import current_border, current_prompt, named_arguments, warn_caller
-
-UNKNOWN_BORDER = (
-    "PTE cannot tell where the prompt ends and the thoughts begin, and the input ({length} tokens) is longer than the "
-    "window (window_size={window!r}). Pass `prompt_lengths` ([batch], the column of each row at which its completion "
-    "begins) or `labels` (-100 on the prompt). If the whole input is a prompt, pass `use_cache=True` or wrap the call "
-    "in `torch.no_grad()` with the cache on."
-)
-GUESSED_PROMPT = (
-    "PTE was called outside of `generate` with more tokens than its window (window_size={window!r}), and nothing says "
-    "where the prompt ends. All of them are taken as a prompt, which is never evicted: these are logits of the full "
-    "cache, not of the policy that `generate` samples from. To score a text, pass `prompt_lengths` ([batch], the "
-    "column of each row at which its completion begins) or `labels` (-100 on the prompt), or use "
-    "`peft_pte.sequence_logprobs`; in lm-evaluation-harness, `python -m peft_pte -m lm_eval --model pte-hf`. If it is "
-    "a prompt, pass `use_cache=True`."
-)
+from ..replay.segments import embedded_rows, layer_checkpointing_off
+from .border import current_border, named_arguments, prompt_length_of, warn_caller
+from .calls import TURN_STREAMS, Facts, decide
 
 
 @decides
@@ -46,9 +32,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     if current_hidden.get() is not None:  # a head asks the top model for the logits of these
         return BaseModelOutputWithPast(last_hidden_state=current_hidden.get())
     kwargs = named_arguments(type(decoder).forward, args, kwargs)
-    attachment = getattr(decoder, "pte_attachment", None)
-    if attachment is None:  # detached, but somebody's wrapper around ours is still there
-        return original(**kwargs)
+    attachment = decoder.pte_attachment
     policy, adapters = attachment.active()
     noted, wanted = current_border.get(), current_head.get()
     border = noted[1] if noted is not None and noted[0] is decoder else None
@@ -60,42 +44,37 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     (x,) = inputs.values()
     batch_size, length = x.shape[:2]
     cache = take_cache(kwargs)
-    explicit_cache, return_dict = (kwargs.pop(name, None) for name in ("use_cache", "return_dict"))
+    use_cache, return_dict = (kwargs.pop(name, None) for name in ("use_cache", "return_dict"))
     kwargs["return_dict"] = True
-    use_cache = decoder.config.use_cache if explicit_cache is None else explicit_cache
-    prompt = current_prompt.get()
-    prompt_length = prompt[1] if prompt is not None and prompt[0] is decoder else None
-    if cache is None and border is None and prompt_length is not None and not use_cache:
-        border = torch.full((batch_size,), min(prompt_length, length), device=x.device)  # generate(use_cache=False)
-
-    # Without a border a call with the cache on is a prefill, unless it looks like training. Where nothing is evicted
-    # the border makes no difference.
-    makes_cache = cache is None and use_cache and (border is None or explicit_cache)
-    if cache is None and border is None:
-        keeps_prompt = policy.retained_prefix == "prompt"
-        num_kept = 0 if keeps_prompt else policy.retained_prefix
-        fits = policy.window_size != "prompt" and length <= num_kept + policy.window_size
-        makes_cache = makes_cache and bool(fits or explicit_cache or not attachment.trains())
-        if keeps_prompt and not makes_cache:
-            if not fits:
-                raise ValueError(UNKNOWN_BORDER.format(length=length, window=policy.window_size))
-            # The whole row may count as prompt; a head is asked for all of it.
-            border = torch.full((batch_size,), length if head is None else 0, device=x.device)
-        elif keeps_prompt and not (fits or explicit_cache or prompt_length is not None):
-            warn_caller(GUESSED_PROMPT.format(window=policy.window_size))
-    if makes_cache:
-        cache = PTECache()
-    if cache is not None:
-        cache = PTECache.adopt(cache)
-        if border is not None and not cache.is_bound:
-            if bool((border != border[0]).any()):
-                raise ValueError(
-                    f"With a cache all prompts must end at the same column, but the borders are {border.tolist()}: "
-                    "pad prompts on the left, or leave `past_key_values` and `use_cache` out."
-                )
-            prompt_length = int(border[0])
+    seen = cache.get_seq_length() if cache is not None else 0
+    prompt_length = prompt_length_of(decoder, x, seen)
+    facts = Facts(
+        length=length,
+        has_border=border is not None,
+        is_generate=prompt_length is not None,
+        has_cache=cache is not None,
+        use_cache=use_cache,
+        default_use_cache=decoder.config.use_cache,
+        trains=attachment.trains(),
+        wants_logprobs=head is not None,
+    )
+    call = decide(policy, facts)
+    if call.warning is not None:
+        warn_caller(call.warning)
+    if call.kind == "cached":
+        cache = PTECache.adopt(PTECache() if cache is None else cache)
+        if call.border == "said":
+            prompt_length = same_border(border)
+        elif call.border == "generate" and seen > (cache.prompt_length or 0):
+            # A cache that holds thoughts. With an integer prefix, everything streams anyway.
+            if policy.retained_prefix == "prompt":
+                warn_caller(TURN_STREAMS)
+            prompt_length = None
         output = cached_forward(decoder, original, policy, adapters, cache, prompt_length, inputs, kwargs)
     else:
+        if call.border in ("generate", "end", "start"):
+            column = {"generate": prompt_length, "end": length, "start": 0}[call.border]
+            border = torch.full((batch_size,), column, device=x.device)
         mask = kwargs.pop("attention_mask", None)
         position_ids = kwargs.pop("position_ids", None)
         positions = positions_of(position_ids, mask, length, 0, x.device)
@@ -104,6 +83,20 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         trained = [p for p in attachment.top.parameters() if p.requires_grad]
         output = replay(decoder, original, policy, border, head, inputs, mask, positions, trained, **kwargs)
     return output if return_dict is not False else output.to_tuple()
+
+
+def same_border(border: torch.Tensor) -> int:
+    """The one column at which the prompts of all rows end, [B] -> int.
+
+    Raises:
+        ValueError: they end at different columns.
+    """
+    if bool((border != border[0]).any()):
+        raise ValueError(
+            f"With a cache all prompts must end at the same column, but the borders are {border.tolist()}: "
+            "pad prompts on the left, or leave `past_key_values` and `use_cache` out."
+        )
+    return int(border[0])
 
 
 @decides
@@ -166,6 +159,7 @@ def cached_forward(
         )
     positions = positions_of(kwargs.pop("position_ids", None), mask, length, seen, x.device).expand(batch_size, -1)
     cache.begin_prompt(mask, length, prompt_length)
+    inputs = embedded_rows(decoder, inputs)
     outputs, start = [], 0
     while start < length:
         evict(cache, mask, decoder)

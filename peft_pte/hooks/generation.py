@@ -54,8 +54,8 @@ REFUSED_GENERATION = {
 
 def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`generate`: refuse what PTE cannot honour before any token is made, and make the prompt length known."""
-    attachment = getattr(top, "pte_attachment", None)
-    if attachment is None or attachment.active()[0] is None:
+    attachment = top.pte_attachment
+    if attachment.active()[0] is None:
         return original(*args, **kwargs)
     refuse_ungathered(top)
     call = named_arguments(type(top).generate, args, kwargs)
@@ -83,7 +83,7 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
     for name in ("input_ids", "inputs"):
         inputs = call.get(name) if inputs is None else inputs
     # Without inputs, `generate` starts from the BOS token.
-    token = current_prompt.set((attachment.decoder, 1 if inputs is None else inputs.shape[1]))
+    token = current_prompt.set((attachment.decoder, inputs))
     args, kwargs = (), rename_cache(dict(call), type(top).generate)
     recorder = current_recorder.get()
     if recorder is not None:
@@ -119,8 +119,7 @@ def refuse_ungathered(top: nn.Module) -> None:
 
 def around_continuous_batching(top: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`generate_batch` and relatives run on a paged cache that knows no thoughts."""
-    attachment = getattr(top, "pte_attachment", None)
-    if attachment is not None and attachment.active()[0] is not None:
+    if top.pte_attachment.active()[0] is not None:
         raise ValueError(
             "Continuous batching (`generate_batch`, paged attention) is not supported with PTE: its cache holds no "
             "thought states. Use `generate` with a left-padded batch."

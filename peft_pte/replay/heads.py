@@ -211,5 +211,6 @@ def sequence_loss(
         )
     logprobs, _ = sequence_logprobs(model, input_ids, attention_mask, first_labels(labels))
     total = -(logprobs * wanted).sum()
-    count = wanted[:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
+    # Without any labels, as in a micro-batch whose completions were cut off, the loss is zero, and not 0 / 0.
+    count = wanted[:, 1:].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)

@@ -23,7 +23,7 @@ from ..config import CachePolicy
 from ..host import CACHE_NAMES
 from .heads import Head, as_output, needed_columns, num_chunks
 from .layout import Layout
-from .segments import Gone, LayerPast, Stored, checkpoints_layers, run_checkpointed, run_segment
+from .segments import Gone, LayerPast, Stored, checkpoints_layers, embedded_rows, run_checkpointed, run_segment
 from .truncated import TruncatedReplay, is_sharded
 
 # Where segments are recomputed, the first one (prompt and window) is computed in pieces of the later segments' length,
@@ -42,6 +42,7 @@ class Replay:
     schedule: Schedule
     longest: int | None  # segments are split further, so that none is longer
     inputs: dict[str, torch.Tensor]  # `{"input_ids": [B, T']}` or `{"inputs_embeds": [B, T', D]}`
+    ids: torch.Tensor | None  # [B, T'], for the head
     positions: torch.Tensor  # [B, T']
     mask: torch.Tensor | None  # [B, T'], None: no padding
     needed: torch.Tensor | None  # [B, T'], where the head is to give a result
@@ -90,7 +91,7 @@ class Replay:
         )
         head = self.head
         if head is not None:
-            targets = self.inputs["input_ids"][:, start + 1 : end + 1]
+            targets = self.ids[:, start + 1 : end + 1]
             if end - start > targets.shape[1]:  # the last column, which needs no result
                 targets = torch.nn.functional.pad(targets, (0, 1))
             head = functools.partial(head, targets=targets, needed=self.needed[:, start:end])
@@ -225,7 +226,8 @@ def replay(
         layout=layout,
         schedule=schedule,
         longest=max(schedule.num_evicted, SHORTEST_PIECE) if checkpointed or truncated else None,
-        inputs={name: layout.place(tensor) for name, tensor in inputs.items()},
+        inputs={name: layout.place(tensor) for name, tensor in embedded_rows(decoder, inputs).items()},
+        ids=None if head is None else layout.place(inputs["input_ids"]),
         positions=layout.place(position_ids.expand(batch_size, -1)),
         mask=None if bool(layout.valid.all()) else layout.valid,
         needed=None if head is None else layout.place(needed_columns(valid, border)),

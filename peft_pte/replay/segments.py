@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..cache.snapshot import HARMLESS_HOOKS
 from ..compiling import decides, uncompiled
 from ..encoder import Evicted, ThoughtEncoder
 from ..host import call_with_cache, set_cache
@@ -201,7 +203,10 @@ def run_segment(
         positions = gone.key_positions()
         evicted = [lambda index=index: gone.of_layer(index, positions) for index in range(len(past))]
     layers = [SegmentLayer(*layer, gone_here, num_seen) for layer, gone_here in zip(past, evicted)]
-    with layer_checkpointing_off(decoder), input_gradients_off(decoder):
+    with layer_checkpointing_off(decoder):
+        if "input_ids" in kwargs:
+            kwargs = {**kwargs, "inputs_embeds": embedded(decoder, kwargs["input_ids"])}
+            del kwargs["input_ids"]
         output = call_with_cache(decoder, forward, SegmentCache(layers=layers), use_cache=False, **kwargs)
     set_cache(output, None)  # else the outputs would keep every segment's past alive
     if head is not None:
@@ -223,9 +228,26 @@ def run_checkpointed(*arguments: Any) -> Result:
         return checkpoint(run_segment, *arguments, use_reentrant=False)
 
 
+# Inside of a segment or step, in the thread that computes it.
+in_segment: ContextVar[bool] = ContextVar("pte_segment", default=False)
+
+
+class CheckpointingFlag:
+    """A module's `gradient_checkpointing`, if that is on: true, but not inside of a segment.
+
+    A checkpointed layer drops its cache, and with it the thoughts; the replay checkpoints whole segments instead. The
+    flag itself stays as it is, since another thread may use the model at the same time.
+    """
+
+    def __bool__(self) -> bool:
+        # The compiler knows no context variables, and compiles nothing but segments.
+        return not (torch.compiler.is_compiling() or in_segment.get())
+
+
 def flagged_modules(decoder: nn.Module) -> list[nn.Module]:
     """The decoder and its layers, as far as gradient checkpointing is switched on for them."""
-    return [module for module in (decoder, *decoder.layers) if getattr(module, "gradient_checkpointing", False)]
+    flags = {module: getattr(module, "gradient_checkpointing", False) for module in (decoder, *decoder.layers)}
+    return [module for module, flag in flags.items() if flag or isinstance(flag, CheckpointingFlag)]
 
 
 @uncompiled
@@ -247,33 +269,55 @@ def checkpoints_layers(decoder: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def layer_checkpointing_off(decoder: nn.Module) -> Iterator[None]:
-    """Switch the layers' own checkpointing off for a call, also for one that is repeated in the backward pass.
-
-    A checkpointed layer drops its cache, and with it the thoughts. The replay checkpoints whole segments instead.
-    """
-    flagged = flagged_modules(decoder)
-    for module in flagged:
-        module.gradient_checkpointing = False
+    """The layers do not checkpoint in this call, also if it is repeated in the backward pass."""
+    for module in flagged_modules(decoder):
+        if not isinstance(module.gradient_checkpointing, CheckpointingFlag):
+            module.gradient_checkpointing = CheckpointingFlag()
+    token = in_segment.set(True)
     try:
         yield
     finally:
-        for module in flagged:
+        in_segment.reset(token)
+
+
+def restore_checkpointing_flags(decoder: nn.Module) -> None:
+    """Leave plain flags behind."""
+    for module in decoder.modules():
+        if isinstance(getattr(module, "gradient_checkpointing", None), CheckpointingFlag):
             module.gradient_checkpointing = True
 
 
-@contextlib.contextmanager
-def input_gradients_off(decoder: nn.Module) -> Iterator[None]:
-    """Undo `enable_input_require_grads` for a call.
+# Hooks that gather parameters, and compute nothing.
+GATHERING = ("torch.distributed.", "deepspeed.")
 
-    PEFT makes embeddings require a gradient for the sake of reentrant checkpointing. As leaves of the graph they would
-    stay alive, one hidden state a token.
+
+def sees_embeddings(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook of the embeddings may depend on, or change, what it sees."""
+    module = getattr(hook, "__module__", None) or ""
+    return not (module.startswith(GATHERING) or getattr(hook, "__name__", "") in HARMLESS_HOOKS)
+
+
+def embedded(decoder: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The embeddings [B, q, D] of tokens [B, q].
+
+    PEFT makes them require a gradient for the sake of reentrant checkpointing (`enable_input_require_grads`). As leaves
+    of the graph they would stay alive, one hidden state a token. Those that are really trained are no leaves.
     """
+    embeds = decoder.get_input_embeddings()(ids)
+    return embeds.detach() if embeds.is_leaf else embeds
 
-    def forget(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output.detach() if output.is_leaf else output  # not a leaf: the embeddings are really trained
 
-    handle = decoder.get_input_embeddings().register_forward_hook(forget)
-    try:
-        yield
-    finally:
-        handle.remove()
+def embedded_rows(decoder: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs of whole rows; as embeddings, if somebody's hook on the embeddings has to see whole rows.
+
+    NEFTune's noise, for one, depends on the length of what it sees. Where nobody looks, each segment embeds its own
+    tokens, since the embeddings of a whole row are as large as a hidden state for each token.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or ids.shape[1] == 1:
+        return inputs
+    embedding = decoder.get_input_embeddings()
+    hooks = (*embedding._forward_pre_hooks.values(), *embedding._forward_hooks.values())
+    if not any(map(sees_embeddings, hooks)):
+        return inputs
+    return {"inputs_embeds": embedded(decoder, ids)}
