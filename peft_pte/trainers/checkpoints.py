@@ -36,6 +36,12 @@ def sync(*paths: Path) -> None:
                 os.close(descriptor)
 
 
+def refuse_order(cls: type, mixin: type) -> None:
+    """Refuse a class that names a mixin after the Trainer whose methods it extends."""
+    if Trainer in cls.__mro__[: cls.__mro__.index(mixin)]:
+        raise TypeError(f"{cls.__name__}: name {mixin.__name__} before the Trainer, else it has no effect.")
+
+
 class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
     """Mixin for a `Trainer` of any kind, named before it among the base classes.
 
@@ -52,8 +58,7 @@ class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if Trainer in cls.__mro__[: cls.__mro__.index(AtomicCheckpoints)]:
-            raise TypeError(f"{cls.__name__}: name AtomicCheckpoints before the Trainer, else it has no effect.")
+        refuse_order(cls, AtomicCheckpoints)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -5,6 +5,7 @@ TRL's own trainers work with PTE as they are; see the README. Needs `pip install
 
 from __future__ import annotations
 
+import warnings
 from inspect import signature
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from ..config import PTEConfig
-from ..hooks.generation import SampledLogProbs, current_recorder
+from ..hooks.generation import REFUSED_GENERATION, SampledLogProbs, current_recorder
 from ..replay.heads import sequence_logprobs
 from .checkpoints import AtomicCheckpoints
 
@@ -26,16 +27,20 @@ class PTEGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
     - The reference policy (`beta` > 0) is always the base model with its full cache (Eq. 2). TRL itself takes the
       initial adapter when it is given a model that has one already.
     - Importance ratios of training to sampling are logged as `importance_ratio/{min,mean,max}`: decoding notes the
-      log-probability of every token it draws. Before the first optimizer step on a rollout they are 1.
+      log-probability of every token it draws, at the temperature and before top-k, top-p and min-p cut the
+      distribution. Before the first optimizer step on a rollout they are 1, unless penalties and other logits
+      processors change what is drawn from; a warning then says so.
     - Checkpoints are complete or not there, whenever the run is killed (`AtomicCheckpoints`).
 
     Raises:
-        ValueError: vLLM, continuous batching (paged caches), tools or an entropy bonus are asked for.
+        ValueError: vLLM, continuous batching (paged caches), tools, environments, a rollout function, beams or an
+            entropy bonus are asked for.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         call = signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
-        refuse_arguments(call.get("args"), call.get("tools"))
+        refuse_arguments(call)
+        warn_of_processors(call.get("args"))
         model, config = call.get("model"), call.get("peft_config")
         has_adapter = isinstance(model, nn.Module) and any(hasattr(m, "pte_attachment") for m in model.modules())
         if not isinstance(config, PTEConfig) and not has_adapter:
@@ -100,8 +105,9 @@ class PTEGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         metrics["importance_ratio/max"].append(self.accelerator.gather(kept.amax()).max().item())
 
 
-def refuse_arguments(args: GRPOConfig | None, tools: Any) -> None:
-    """Settings that PTE cannot honour, before anything is built."""
+def refuse_arguments(call: dict[str, Any]) -> None:
+    """Settings that PTE cannot honour, before anything is built. `call`: the trainer's arguments by name."""
+    args: GRPOConfig | None = call.get("args")
     if getattr(args, "use_vllm", False):
         raise ValueError("`use_vllm=True` is not supported with PTE: vLLM's paged cache holds no thought states.")
     if getattr(args, "use_transformers_continuous_batching", False):
@@ -109,13 +115,47 @@ def refuse_arguments(args: GRPOConfig | None, tools: Any) -> None:
             "`use_transformers_continuous_batching=True` is not supported with PTE: its paged cache holds no thought "
             "states. Leave it out: rollouts run with `generate`."
         )
-    if tools:
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if call.get(name):
+            raise ValueError(
+                f"`{name}` is not supported with PTE: a loop of several turns prefills everything up to a tool's or an "
+                "environment's answer as a new prompt, so sampling and training would be different policies."
+            )
+    options = getattr(args, "generation_kwargs", None) or {}
+    if (options.get("num_beams") or 1) > 1:
         raise ValueError(
-            "`tools` are not supported with PTE: TRL prefills everything up to a tool's answer as a new prompt, so "
-            "sampling and training would be different policies."
+            f"`num_beams={options['num_beams']}` in `generation_kwargs` is not supported: beams are searched for and "
+            "not drawn, so there is no policy that they could be a sample of. Leave it out."
         )
+    for name, reason in REFUSED_GENERATION.items():
+        if options.get(name) is not None:
+            raise ValueError(f"`{name}` in `generation_kwargs` is not supported with PTE: {reason}. Leave it out.")
     if getattr(args, "entropy_coef", 0) or getattr(args, "use_adaptive_entropy", False):
         raise ValueError(
             "An entropy bonus (`entropy_coef`, `use_adaptive_entropy`) needs the gradient of the entropy, which the "
             "memory-flat head does not give: use `trl.GRPOTrainer`."
+        )
+
+
+# What `generation_kwargs` may hold without changing the distribution of the next token before it is cut (top-k, top-p).
+UNCHANGING = {
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "do_sample", "num_beams", "num_return_sequences"),
+    *("max_new_tokens", "max_length", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
+    *("use_cache", "return_dict_in_generate", "output_scores", "output_logits", "disable_compile", "max_time"),
+}
+
+
+def warn_of_processors(args: GRPOConfig | None) -> None:
+    """Say that rollouts are drawn from another distribution than the policy that is trained."""
+    options = {name: value for name, value in (getattr(args, "generation_kwargs", None) or {}).items() if value}
+    penalty = getattr(args, "repetition_penalty", 1.0)
+    if penalty not in (None, 1.0):
+        options["repetition_penalty"] = penalty
+    changing = [f"{name}={value!r}" for name, value in options.items() if name not in UNCHANGING]
+    if changing:
+        warnings.warn(
+            f"With {', '.join(changing)}, rollouts are drawn from another distribution than the policy whose "
+            "log-probabilities are trained. `importance_ratio` compares the policy with what was drawn from (before "
+            "top-k and top-p cut it), so it is not 1 even before the first step.",
+            stacklevel=3,
         )
