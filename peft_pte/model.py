@@ -98,6 +98,17 @@ class PTEModel(BaseTuner):
                     "and `out_features`."
                 )
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; an adapter of this name that is there already (a notebook's cell run twice) is replaced whole."""
+        old = [layer for layer in model.modules() if isinstance(layer, PTELayer) and layer.has_adapter(adapter_name)]
+        self._outdated = set(old)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for layer in self._outdated:  # is no target any more
+                layer.delete_adapter(adapter_name)
+        finally:
+            del self._outdated
+
     def _create_and_replace(
         self,
         peft_config: PTEConfig,
@@ -120,11 +131,13 @@ class PTEModel(BaseTuner):
             encoder = ThoughtEncoder(base_layer_of(target), adapter_name, kv_width(parent))
             encoder.set_adapter(self.active_adapters)
             attach_encoder(attachment, parent, encoder)
-        if adapter_name not in encoder.pte_rule:
+        if adapter_name not in encoder.pte_rule or encoder in self._outdated:
+            self._outdated.discard(encoder)
             encoder.update_layer(adapter_name, peft_config)
             if adapter_name not in self.active_adapters:
                 encoder.set_requires_grad(adapter_name, False)
         if isinstance(target, Linear):
+            self._outdated.discard(target)
             target.update_layer(adapter_name, peft_config)
             return
         new_module = Linear(target, adapter_name, peft_config)
