@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PYTHON_BIN ?= .venv/bin/python
 
-.PHONY: demo test test-matrix test-newest lint clean
+.PHONY: demo test test-matrix test-newest lint docs clean
 
 demo: .venv/demo-installed
 	$(PYTHON_BIN) examples/quickstart.py
@@ -23,6 +23,10 @@ lint: .venv/test-installed
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 
+# The documentation as a site, in `site/`; a broken link or an unknown name is an error.
+docs: .venv/docs-installed
+	$(PYTHON_BIN) -m mkdocs build
+
 # torch goes first and by its exact version: resolved together with the rest, pip may take a newer build for CUDA.
 .venv/torch-installed: constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -37,5 +41,9 @@ lint: .venv/test-installed
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,test]"
 	touch $@
 
+.venv/docs-installed: .venv/torch-installed pyproject.toml
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv .nox .cache .pytest_cache .hypothesis .ruff_cache build dist *.egg-info outputs
+	rm -rf .venv .nox .cache .pytest_cache .hypothesis .ruff_cache build dist *.egg-info outputs site
