@@ -22,6 +22,7 @@ test-newest: .venv/test-installed
 lint: .venv/test-installed
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
+	$(PYTHON_BIN) -m mypy
 
 # The documentation as a site, in `site/`; a broken link or an unknown name is an error.
 docs: .venv/docs-installed
@@ -46,4 +47,4 @@ docs: .venv/docs-installed
 	touch $@
 
 clean:
-	rm -rf .venv .nox .cache .pytest_cache .hypothesis .ruff_cache build dist *.egg-info outputs site
+	rm -rf .venv .nox .cache .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist *.egg-info outputs site
