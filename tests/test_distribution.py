@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -37,3 +42,23 @@ def test_triton_is_pinned_nowhere() -> None:
     """A torch for CUDA wants exactly one version of it, and each torch another."""
     for name in ("constraints.txt", "constraints-newest.txt"):
         assert "triton==" not in (ROOT / name).read_text()
+
+
+def test_the_wheel_holds_all_modules_and_their_types(tmp_path: Path) -> None:
+    """Every module of both packages, each with its `py.typed`, and nothing at the top level but these."""
+    pytest.importorskip("setuptools", minversion="77", reason="what pyproject.toml builds the wheel with")
+    tree = tmp_path / "tree"
+    parents = {"peft_pte": ROOT, "peft_pte_kernels": ROOT / "kernels" / "torch-ext"}
+    expected = set()
+    for name, parent in parents.items():
+        shutil.copytree(parent / name, tree / parent.relative_to(ROOT) / name)
+        expected |= {path.relative_to(parent).as_posix() for path in (parent / name).rglob("*.py")}
+        expected.add(f"{name}/py.typed")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == expected
