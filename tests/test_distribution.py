@@ -17,6 +17,12 @@ from packaging.specifiers import SpecifierSet
 from peft_pte import host
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "kernels/README.md",
+    *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -62,3 +68,11 @@ def test_the_wheel_holds_all_modules_and_their_types(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_name_files_that_exist(document: str) -> None:
+    names = re.findall(
+        r"(?<![\w/.])((?:benchmarks|docs|examples|kernels|peft_pte|tests)/[\w/.-]*\w)", (ROOT / document).read_text()
+    )
+    assert [name for name in names if not (ROOT / name).exists()] == []
