@@ -6,7 +6,7 @@ model it is given. All arithmetic happens in the dtype of those weights, RMSNorm
 included, so that with a float64 model it is a float64 reference. Base weights are constants; the result is
 differentiable in the adapter.
 
-Equation numbers are those of the README's method section:
+Equation numbers are those that the package uses:
 
     Eq. 3   S' = (W_Q q_g) (W_K K_e)^T (W_V V_e)       what an eviction of keys K_e and values V_e adds
     Eq. 4   S <- Normalize(S + S')                     after every eviction

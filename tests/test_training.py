@@ -268,7 +268,7 @@ class Recall(torch.utils.data.Dataset):
 
 
 class FlatTrainer(Trainer):
-    """As in the README."""
+    """As in docs/training.md."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = sequence_loss(

@@ -185,7 +185,7 @@ def sequence_loss(
 ) -> torch.Tensor:
     """The cross-entropy that `model(input_ids, attention_mask, labels=labels).loss` is, without logits of a sequence.
 
-    For a `Trainer` with long sequences: override `compute_loss` with it (see the README).
+    For a `Trainer` with long sequences: override `compute_loss` with it (see docs/training.md).
 
     Args:
         model: a model with a PTE adapter, wrapped (PEFT, DDP) or not.
