@@ -1,4 +1,4 @@
-"""What kind of call the decoder is in, and where its prompt ends: decided in one place, and never guessed in silence."""
+"""What kind of call the decoder is in, and where its prompt ends: decided in one place, never guessed in silence."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """TRL on long rollouts: `GRPOTrainer` with log-probabilities that never hold the logits of a sequence.
 
-TRL's own trainers work with PTE as they are; see the README. Needs `pip install peft-pte[trl]`.
+TRL's own trainers work with PTE as they are; see docs/training.md. Needs `pip install peft-pte[trl]`.
 """
 
 from __future__ import annotations
