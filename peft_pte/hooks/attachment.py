@@ -51,9 +51,9 @@ class Attachment:
         self.configs: dict[str, PTEConfig] = {}
         self.encoders: list[ThoughtEncoder] = []
         self.handles: list[Any] = []
-        embeddings = getattr(type(top), "get_output_embeddings", None)
-        # Labels of such a model are tokens; those of a classifier or a reward model are something else.
-        self.predicts_tokens = embeddings is not None and embeddings(top) is not None
+        # With output embeddings, labels are tokens; those of a classifier or a reward model are something else.
+        embeddings = getattr(top, "get_output_embeddings", None)  # of the instance: the base may be a PeftModel
+        self.predicts_tokens = embeddings is not None and embeddings() is not None
 
     @property
     def top(self) -> nn.Module:
