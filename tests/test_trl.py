@@ -5,20 +5,25 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from models import tiny_model
+from models import SIZES, tiny_model
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from peft_pte import PTECache, PTEConfig, sequence_logprobs, sequence_loss
 
 trl = pytest.importorskip("trl", reason="TRL is an optional dependency: pip install peft-pte[trl]")
 datasets = pytest.importorskip("datasets")
 
+from peft_pte.hooks.border import batch_known  # noqa: E402
+from peft_pte.replay.heads import first_labels  # noqa: E402
+from peft_pte.replay.replay import replay  # noqa: E402
 from peft_pte.trainers.grpo import PTEGRPOTrainer  # noqa: E402  (needs TRL)
+from peft_pte.trainers.prompts import KnownPrompts  # noqa: E402
 
 PTE = dict(task_type="CAUSAL_LM", r=4, num_global_tokens=3, window_size=8)
 COMMON = dict(per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to="none", logging_steps=1, max_steps=2)
@@ -253,9 +258,154 @@ def test_flat_grpo_trainer_takes_the_base_model_as_the_reference_of_a_ready_mode
     assert all(entry["kl"] > 1e-4 for entry in run.state.log_history if "kl" in entry)  # from the base, not from itself
 
 
+class Calculator:
+    """An environment; its methods become tools, and the trainer runs the loop that `tools` are refused for."""
+
+    def reset(self, **row: Any) -> None: ...
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: one
+            b: another
+        """
+        return a + b
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(tools=[Calculator.add]), dict(environment_factory=Calculator), dict(rollout_func=print)]
+)
+def test_flat_grpo_trainer_refuses_whatever_runs_a_loop_of_turns(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` is not supported with PTE: a loop of several"):
+        PTEGRPOTrainer(
+            model=base_model(),
+            reward_funcs=reward,
+            args=trl.GRPOConfig(output_dir=str(tmp_path), **COMMON),
+            train_dataset=prompts(),
+            processing_class=tokenizer(),
+            peft_config=PTEConfig(**PTE),
+            **arguments,
+        )
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(), None),
+        (dict(top_k=5, temperature=0.7, top_p=0.9), None),
+        (dict(generation_kwargs=dict(min_p=0.05, max_new_tokens=24)), None),
+        (dict(repetition_penalty=1.5), "repetition_penalty=1.5"),
+        (dict(generation_kwargs=dict(no_repeat_ngram_size=2)), "no_repeat_ngram_size=2"),
+    ],
+    ids=str,
+)
+def test_importance_ratios_are_1_or_it_is_said_why_not(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = grpo(PTEGRPOTrainer, tmp_path, max_steps=1, **options)
+    said = [str(w.message) for w in caught if "drawn from another distribution" in str(w.message)]
+    assert [named in message for message in said] == ([True] if named else [])
+    run.train()
+    (entry,) = [entry for entry in run.state.log_history if "kl" in entry]
+    far = max(abs(entry["importance_ratio/min"] - 1), abs(entry["importance_ratio/max"] - 1))
+    assert far > 1e-2 if named else far <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "option", ["compute_metrics", "label_smoothing_factor", "compute_loss_func"], ids=lambda name: name
+)
+def test_trainers_that_take_the_labels_away(tmp_path: Path, option: str) -> None:
+    """Without the mixin the error names it; with it the model sees the border that the labels would have given."""
+    rows = [dict(prompt="w5 w6 w7", completion=" ".join(f"w{8 + (i + j) % 4}" for j in range(20))) for i in range(8)]
+    smoothing = dict(label_smoothing_factor=0.1) if option == "label_smoothing_factor" else {}
+    functions = dict(
+        compute_metrics=lambda prediction: dict(shape=prediction.predictions.shape[0]),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean(),
+    )
+
+    class Known(KnownPrompts, trl.SFTTrainer):
+        pass
+
+    for kind in (trl.SFTTrainer, Known):
+        data = datasets.Dataset.from_list(rows)
+        trainer = kind(
+            model=base_model(),
+            processing_class=tokenizer(),
+            args=trl.SFTConfig(output_dir=str(tmp_path), per_device_eval_batch_size=8, **(COMMON | smoothing)),
+            train_dataset=data,
+            eval_dataset=data,
+            peft_config=PTEConfig(**PTE, init_weights=False),
+            **({option: functions[option]} if option in functions else {}),
+        )
+        if kind is trl.SFTTrainer:
+            with pytest.raises(ValueError, match="from peft_pte.trainers.prompts import KnownPrompts"):
+                trainer.train()
+                trainer.evaluate()
+            continue
+        with patch("peft_pte.hooks.decoder.replay", wraps=replay) as replays:
+            trainer.evaluate()
+        batch = next(iter(trainer.get_eval_dataloader()))
+        borders = [call.args[3] for call in replays.call_args_list]
+        assert borders and all(torch.equal(border, first_labels(batch["labels"])) for border in borders)
+        trainer.train()
+        assert trainer.state.log_history[-1]["train_loss"] > 0
+
+
+def test_reward_models_know_their_prompts_from_pairs(tmp_path: Path) -> None:
+    rows = [
+        dict(
+            chosen=f"w5 w6 w{50 + i} " + " ".join(f"w{40 + (i + j) % 4}" for j in range(20)),
+            rejected=f"w5 w6 w{50 + i} " + "w30 w31 w32 " * 6,
+        )
+        for i in range(8)
+    ]
+
+    class Known(KnownPrompts, trl.RewardTrainer):
+        pass
+
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1))
+    trainer = Known(
+        model=base,
+        processing_class=tokenizer(),
+        args=trl.RewardConfig(output_dir=str(tmp_path), learning_rate=3e-2, **(COMMON | dict(max_steps=6))),
+        train_dataset=datasets.Dataset.from_list(rows),
+        peft_config=PTEConfig(**(PTE | dict(task_type="SEQ_CLS"))),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    lengths = trainer.prompt_lengths(batch)
+    assert lengths.tolist() == [3] * 16
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+def test_what_a_batch_says_holds_for_its_tokens_only() -> None:
+    model = get_peft_model(base_model(), PTEConfig(**PTE, init_weights=False)).eval()
+    ids = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(0))
+    with batch_known(ids, torch.tensor([4, 9])), torch.no_grad():
+        known = model(input_ids=ids.clone(), use_cache=False).logits
+        with pytest.raises(ValueError, match="cannot tell where the prompt ends"):
+            model(input_ids=ids.flip(1), use_cache=False)
+        said = model(input_ids=ids, prompt_lengths=12).logits  # whoever says it himself is heard
+    with torch.no_grad():
+        torch.testing.assert_close(known, model(input_ids=ids, prompt_lengths=[4, 9]).logits)
+        torch.testing.assert_close(said, model(input_ids=ids, prompt_lengths=12).logits)
+    with pytest.raises(ValueError, match="cannot tell where the prompt ends"):
+        model(input_ids=ids, use_cache=False)
+
+
+def test_mixins_are_named_before_the_trainer() -> None:
+    with pytest.raises(TypeError, match="name KnownPrompts before the Trainer"):
+        type("Wrong", (trl.SFTTrainer, KnownPrompts), {})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (dict(generation_kwargs=dict(num_beams=2)), "`num_beams=2` in `generation_kwargs`"),
+        (dict(generation_kwargs=dict(prompt_lookup_num_tokens=2)), "`prompt_lookup_num_tokens` in `generation_kwargs`"),
         (dict(use_vllm=True), "`use_vllm=True` is not supported with PTE"),
         (dict(use_transformers_continuous_batching=True), "paged cache holds no thought states"),
         (dict(entropy_coef=0.1), "An entropy bonus"),
