@@ -21,9 +21,11 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import torch
@@ -31,8 +33,14 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from peft_pte import PTECache, PTEConfig
+
+# One bar at a time, and no notices of the libraries underneath about versions to come.
+disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # an arm has two on purpose
 
 ARMS = ("LoRA, same window", "Global-only", "PTE")
 Batch = dict[str, torch.Tensor]
@@ -246,8 +254,8 @@ def adapt(base: torch.nn.Module, arm: str, options: argparse.Namespace) -> PeftM
     return get_peft_model(base, PTEConfig(state_update=update, **shared, **cache))
 
 
-def train(arm: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one arm and evaluate it; runs in a process of its own."""
+def train(arm: str, options: argparse.Namespace, progress: Queue | None = None) -> dict[str, Any]:
+    """Train one arm and evaluate it; in a process of its own, `progress` gets (arm, loss) after every step."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     task = make_task(options)
@@ -255,7 +263,7 @@ def train(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     model = adapt(task.load_base(output / "base"), arm, options).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
-    bar = tqdm(range(options.steps), desc=f"{arm:<18}", position=ARMS.index(arm), mininterval=1)
+    bar = tqdm(range(options.steps), desc=f"{arm:<18}", mininterval=1, disable=progress is not None)
     start, history = time.time(), []
     for step in bar:
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / options.steps))
@@ -268,6 +276,8 @@ def train(arm: str, options: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         history.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if progress is not None:
+            progress.put((arm, loss.item()))
     bar.close()
     seconds = time.time() - start
     model.eval()
@@ -284,6 +294,27 @@ def train(arm: str, options: argparse.Namespace) -> dict[str, Any]:
         seconds=seconds,
         loss=history,
     )
+
+
+def train_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All arms, two at a time, under one bar."""
+    context, losses = get_context("spawn"), {}
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(2, context) as pool,
+        tqdm(total=len(ARMS) * options.steps, desc="three adapters", unit=" steps", mininterval=1) as bar,
+    ):
+        progress = manager.Queue()
+        # The longest first: PTE on one core, the other two on the other.
+        trained = {arm: pool.submit(train, arm, options, progress) for arm in reversed(ARMS)}
+        while not (all(future.done() for future in trained.values()) and progress.empty()):
+            try:
+                arm, losses[arm] = progress.get(timeout=0.5)
+            except Empty:
+                continue
+            bar.update()
+            bar.set_postfix_str(", ".join(f"{name} {loss:.2f}" for name, loss in losses.items()), refresh=False)
+        return [trained[arm].result() for arm in ARMS]
 
 
 def full_cache(options: argparse.Namespace) -> dict[str, Any]:
@@ -388,10 +419,7 @@ def main() -> None:
     if options.model:
         rows += [train(arm, options) for arm in ARMS]
     else:
-        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            # The longest first: PTE on one core, the other two on the other.
-            trained = {arm: pool.submit(train, arm, options) for arm in reversed(ARMS)}
-            rows += [trained[arm].result() for arm in ARMS]
+        rows += train_all(options)
     print_table(rows, task.metric)
     (output / "results.json").write_text(json.dumps(dict(options=vars(options), rows=rows), indent=1))
     plot(rows, task.metric, output / "plot.png")
