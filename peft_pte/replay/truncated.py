@@ -83,7 +83,9 @@ class Total:
         # The loss does not depend on all outputs, nor do all of them (embeddings, say) on something that is trained.
         used = [(x, gradient) for x, gradient in zip(outputs, gradients) if gradient is not None and x.requires_grad]
         outputs, gradients = zip(*used)
-        found = torch.autograd.grad(outputs, [*tensors, *others], gradients, allow_unused=True)
+        # Outside of the forward's autocast, as `loss.backward()` is, which would round the products of a backward pass.
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            found = torch.autograd.grad(outputs, [*tensors, *others], gradients, allow_unused=True)
         for tensor, gradient in zip(tensors, found):
             if gradient is not None:
                 self.gradients[tensor] = self.gradients[tensor] + gradient if tensor in self.gradients else gradient

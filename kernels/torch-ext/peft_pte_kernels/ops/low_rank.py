@@ -171,11 +171,14 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of matrices of one dtype, with a float32 result."""
-    if a.is_cuda and a.dtype != torch.float32 and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """a @ b of matrices of one dtype, in that dtype or in float32; autocast would change both operands and result."""
+    with torch.autocast(a.device.type, enabled=False):
+        if dtype == a.dtype:
+            return a @ b
+        if a.is_cuda and torch.version.hip is None:
+            return torch.mm(a, b, out_dtype=dtype)
+        return a.to(dtype) @ b.to(dtype)
 
 
 def num_splits(num_rows: int, width: int, num_projections: int) -> int:
@@ -287,7 +290,7 @@ def low_rank_backward(
         **limits(),
     )
     z_grad = z_grad.flatten(1)
-    x_grad = (z_grad @ weight).view(x.shape).to(x.dtype) if needs_input else x.new_empty(0)
+    x_grad = product(z_grad, weight, dtype).view(x.shape).to(x.dtype) if needs_input else x.new_empty(0)
     A_grads = [product(grad.mT, part).to(a.dtype) for grad, part, a in zip(grads, u, A)]
     return [x_grad, state_grad.sum(1), product(z_grad.mT, x2), *A_grads]
 
