@@ -119,6 +119,7 @@ def project_kernel(
                 is_row = (n == i)[:, None]
                 solved = tl.where(is_row, solved - tl.sum(weights * solved, 0)[None, :], solved)
                 u = tl.where(is_row, u - tl.sum(weights * u, 0)[None, :], u)
+            tl.debug_barrier()  # all threads have read the block that is overwritten here
             tl.store(norm_ptr + out, inverse, mask=block < m)
             tl.store(key_ptr + block_at, unit, mask=block_mask)
             tl.store(w_ptr + block_at, solved, mask=block_mask)
