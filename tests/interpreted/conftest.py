@@ -23,8 +23,10 @@ COMMAND = f"{' '.join(f'{name}={value}' for name, value in VARIABLES.items())} p
 
 if READY:
     import bfloat16
+    import races
 
     bfloat16.install()
+    races.install(os.environ.get("PROGRAM_ORDER", "random"))
     torch.set_num_threads(1)
     # As tests/conftest.py, whose profile is loaded before; a launch takes milliseconds, so fewer examples.
     settings.register_profile(
