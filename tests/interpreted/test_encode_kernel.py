@@ -46,9 +46,10 @@ def encodings(draw: st.DrawFn, update: str) -> dict[str, Any]:
     half = draw(st.sampled_from([0, head_dim // 4, head_dim // 2]))
     if half:
         tokens = m if draw(st.booleans()) else 1  # one position for all tokens: `encode_keys="chunk"`
-        angles = random(generator, num_rows, tokens, half)
+        angles = random(generator, draw(st.sampled_from([1, num_rows])), tokens, half)
         rotation = Rotation(angles.cos().float(), angles.sin().float(), draw(st.booleans()))
-    valid = torch.rand(num_rows, m, generator=generator) < draw(st.sampled_from([0.0, 0.6, 1.0]))
+    mask_rows = draw(st.sampled_from([1, num_rows]))
+    valid = torch.rand(mask_rows, m, generator=generator) < draw(st.sampled_from([0.0, 0.6, 1.0]))
     return dict(
         tensors=[laid_out(x, layout).to(dtype) for column in columns for x in column]
         + [x.to(draw(st.sampled_from([torch.float32, dtype]))) for column in weights for x in column]
@@ -163,6 +164,21 @@ def test_compact(data: st.DataObject) -> None:
     peft_pte_kernels.compact(slots, start, count, length)
     for x, y in zip(slots, expected, strict=True):
         assert torch.equal(x[..., : length - count, :], y[..., : length - count, :])
+
+
+@pytest.mark.parametrize("num_heads", [(2, 2), (2, 3)])
+def test_autograd_notices_what_compact_changes(num_heads: tuple[int, int]) -> None:
+    """Slots alike, which are moved in one launch, and different ones."""
+    slots = [torch.randn(1, heads, 20, 8).requires_grad_() for heads in num_heads]
+    outputs = [(x * x).sum() for x in slots]
+    expected = [x.detach().clone() for x in slots]
+    reference.compact(expected, 3, 4, 18)
+    with torch.no_grad():
+        peft_pte_kernels.compact(slots, 3, 4, 18)
+    for x, y, output in zip(slots, expected, outputs):
+        assert torch.equal(x[:, :, :14], y[:, :, :14])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.backward()
 
 
 @pytest.mark.parametrize("delta", [True, False])

@@ -1,14 +1,15 @@
 """Fused Triton kernels of Progressive Thought Encoding, each with its plain PyTorch form.
 
 Every function takes the Triton kernel or the PyTorch form of `reference.py`, as the environment variable `PTE_KERNELS`
-says (see `dispatch.py`); both are differentiable where a gradient is defined.
+says (see `dispatch.py`); both are differentiable where a gradient is defined. Arguments that do not fit together are
+refused by either (`checks.py`).
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import reference
+from . import checks, reference
 from .dispatch import HAS_TRITON, uses_triton
 from .reference import Rotation
 
@@ -32,6 +33,7 @@ def encode(
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write what leaves the cache into the cores of all layers; see `reference.encode`."""
+    checks.encode(keys, values, key_weights, value_weights, cores, update, rotation, valid)
     if uses_triton(keys[0], values[0], key_weights[0], value_weights[0], cores, rank=cores.shape[-1]):
         cos, sin, interleaved = (None, None, False) if rotation is None else rotation
         return encode_ops.encode_cores_op(
@@ -44,6 +46,7 @@ def read_state(
     cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor, transposed: bool, norm: str
 ) -> torch.Tensor:
     """The states that projections use; see `reference.read_state`."""
+    checks.read_state(cores, query, initial, norm)
     if uses_triton(cores, query, initial, rank=cores.shape[-1]):
         return state_ops.read_states_op(cores, query, initial, transposed, norm)
     return reference.read_state(cores, query, initial, transposed, norm)
@@ -51,6 +54,9 @@ def read_state(
 
 def compact(slots: list[torch.Tensor], start: int, count: int, length: int) -> None:
     """Close the gap that evicted slots leave, in place; see `reference.compact`."""
+    checks.compact(slots, start, count, length)
+    if not slots:
+        return
     if uses_triton(slots[0]):
         cache_ops.compact_op(slots, start, count, length)
     else:
@@ -66,6 +72,7 @@ def low_rank_update(
     scaling: float,
 ) -> list[torch.Tensor]:
     """y + scaling * A S B x for up to three projections of one input; see `reference.low_rank_update`."""
+    checks.low_rank_update(x, bases, state, A, B)
     if uses_triton(x, *bases, *A, *B, state, rank=state.shape[-1]):
         return low_rank_ops.low_rank_op(x, bases, state, A, B, scaling)[:-1]
     return reference.low_rank_update(x, bases, state, A, B, scaling)
@@ -80,6 +87,7 @@ def decode_attention(
     scaling: float,
 ) -> torch.Tensor:
     """Attention of one new token over the slots in use, without a gradient; see `reference.decode_attention`."""
+    checks.decode_attention(query, keys, values, first, length)
     if uses_triton(query, keys, values):
         return attention_ops.decode_attention_op(query, keys, values, first, length, scaling)
     return reference.decode_attention(query, keys, values, first, length, scaling)
@@ -89,6 +97,7 @@ def token_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of `targets` and the entropy, in one pass; see `reference.token_logprobs`."""
+    checks.token_logprobs(logits, targets, temperature)
     if uses_triton(logits):
         logprob, entropy, _ = logprobs_ops.logprobs_op(logits, targets, temperature)
         return logprob, entropy

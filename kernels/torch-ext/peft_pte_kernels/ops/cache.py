@@ -35,13 +35,14 @@ def compact_kernel(
 
 def compact(slots: list[torch.Tensor], start: int, count: int, length: int) -> None:
     """As `reference.compact`: one launch for all tensors that differ in their address only, else one for each."""
+    torch.autograd.graph.increment_version(slots)  # what a kernel changes autograd does not see by itself
     first = slots[0]
     uniform = all(
         (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) == (first.dtype, first.shape, first.stride(), 0)
         for x in slots
     )
-    num_rows, num_heads, _, head_dim = first.shape
     for group in [slots] if uniform else [[x] for x in slots]:
+        num_rows, num_heads, _, head_dim = group[0].shape
         launch(
             compact_kernel,
             (num_rows * num_heads, len(group)),

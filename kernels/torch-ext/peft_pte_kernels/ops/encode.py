@@ -73,12 +73,13 @@ class Call(NamedTuple):
         return Call(*columns, self.cores[layer : layer + 1], *self[5:])
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """cos, sin, valid as the kernels get them (any tensor if there is none), and the strides of cos."""
+        """cos, sin, valid as the kernels get them (any tensor if there is none), and the strides of cos: zero where
+        there is one table for all rows, or one position for all tokens."""
         some = self.keys[0]
         if self.cos is None:
             return some, some, some if self.valid is None else self.valid, 0, 0
-        stride_m = self.cos.stride(1) if self.cos.shape[1] > 1 else 0
-        return self.cos, self.sin, some if self.valid is None else self.valid, self.cos.stride(0), stride_m
+        strides = (self.cos.stride(i) if self.cos.shape[i] > 1 else 0 for i in range(2))
+        return self.cos, self.sin, some if self.valid is None else self.valid, *strides
 
     def options(self) -> dict[str, Any]:
         """Constants that all kernels share."""
@@ -116,7 +117,7 @@ def prepared(
     if cos is not None:
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
     if valid is not None:
-        valid = valid.contiguous().view(torch.uint8)
+        valid = valid.expand(cores.shape[1], -1).contiguous().view(torch.uint8)
     return Call(keys, values, key_weights, value_weights, cores.contiguous(), delta, cos, sin, interleaved, valid)
 
 
