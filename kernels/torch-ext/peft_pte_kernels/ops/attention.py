@@ -96,12 +96,12 @@ def combine_kernel(
     partial_ptr, sums_ptr, out_ptr, D, SPLITS: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """Join the splits of one query head, for some of its columns."""
-    head = tl.program_id(1).to(tl.int64)
-    s, d = tl.arange(0, BS), tl.program_id(0) * BD + tl.arange(0, BD)
+    head = tl.program_id(0).to(tl.int64)
+    s, d = tl.arange(0, BS), tl.program_id(1) * BD + tl.arange(0, BD)
     at = head * SPLITS + s
     # The first split has slots, so there is a finite maximum.
     largest = tl.load(sums_ptr + at, mask=s < SPLITS, other=float("-inf"))
-    weight_base = sums_ptr + tl.num_programs(1).to(tl.int64) * SPLITS
+    weight_base = sums_ptr + tl.num_programs(0).to(tl.int64) * SPLITS
     weight = tl.load(weight_base + at, mask=s < SPLITS, other=0.0)
     factor = tl.exp2(largest - tl.max(largest, 0))
     mask = (s < SPLITS)[:, None] & (d < D)[None, :]
@@ -153,7 +153,7 @@ def decode_attention(
     if splits > 1:
         launch(
             combine_kernel,
-            (triton.cdiv(head_dim, COMBINED_COLUMNS), num_rows * num_queries),
+            (num_rows * num_queries, triton.cdiv(head_dim, COMBINED_COLUMNS)),
             *(partial, sums, out, head_dim),
             SPLITS=splits,
             BS=triton.next_power_of_2(splits),

@@ -22,7 +22,7 @@ def compact_kernel(
 ):  # fmt: skip
     """One program moves the slots of one head, from the lowest on, so that nothing is overwritten before it is read."""
     row_head = tl.program_id(0)
-    row, head = (row_head // H).to(tl.int64), row_head % H
+    row, head = (row_head // H).to(tl.int64), (row_head % H).to(tl.int64)
     base = layer_pointer(slots_ptr, table, tl.program_id(1), TABLE) + row * stride_b + head * stride_h
     n, d = tl.arange(0, BN), tl.arange(0, BD)
     for first in range(start, length - count, BN):

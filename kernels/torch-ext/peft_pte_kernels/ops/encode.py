@@ -140,7 +140,7 @@ class Projected(NamedTuple):
 
 
 def project(call: Call) -> Projected:
-    """Launch `project_kernel`."""
+    """Launch `project_kernel`. The first axis of a grid may be long; the others end at 65,535."""
     num_layers, num_rows, m, num_heads, head_dim, r = call.sizes
     some = call.cores
     keys, w, u = (some.new_empty(num_layers, num_rows, m, r) for _ in range(3))
@@ -149,7 +149,7 @@ def project(call: Call) -> Projected:
     cos, sin, valid, stride_cb, stride_cm = call.tables()
     launch(
         project_kernel,
-        (triton.cdiv(m, TOKENS), num_layers * num_rows),
+        (num_layers * num_rows, triton.cdiv(m, TOKENS)),
         *(k, v, call.key_weights[0], call.value_weights[0], addresses(*call.columns()), cos, sin, valid),
         *(keys, norms, w, u, num_layers, num_rows, m, num_heads, head_dim),
         *(*k.stride()[:3], *v.stride()[:3], stride_cb, stride_cm, *valid.stride()[:2]),
@@ -244,7 +244,7 @@ def encode_cores_backward(
     key_grad, value_grad = torch.empty_like(projected.keys), torch.empty_like(projected.keys)
     launch(
         block_backward_kernel,
-        (triton.cdiv(m, BLOCK), num_layers * num_rows),
+        (num_layers * num_rows, triton.cdiv(m, BLOCK)),
         *(projected.keys, projected.norms, projected.w, projected.u, saved, block_grad, key_grad, value_grad, m),
         DELTA=delta,
         **dict(small_options(call), num_warps=4 if r <= 32 else 8),
@@ -260,7 +260,7 @@ def encode_cores_backward(
         weight_grad = grad.new_empty(num_layers, num_rows, r, num_heads * head_dim)
         launch(
             project_backward_kernel,
-            (num_heads * triton.cdiv(head_dim, HEAD_SLICE), num_layers * num_rows),
+            (num_layers * num_rows, num_heads * triton.cdiv(head_dim, HEAD_SLICE)),
             *(x[0], weight[0], addresses(x, weight), cos, sin, valid, out_grad, x_grad, weight_grad),
             *(num_layers, num_rows, m, num_heads, head_dim, *x[0].stride()[:3], stride_cb, stride_cm),
             *valid.stride()[:2],

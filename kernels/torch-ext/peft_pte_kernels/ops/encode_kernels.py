@@ -65,10 +65,10 @@ def project_kernel(
     TABLE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    layer_row = tl.program_id(1).to(tl.int64)
+    layer_row = tl.program_id(0).to(tl.int64)
     layer, row = layer_row // B, layer_row % B
     r = tl.arange(0, BR)
-    first = tl.program_id(0) * BP
+    first = tl.program_id(1) * BP
     tokens = first + tl.arange(0, BP)
     is_token = tokens < m
     if HAS_VALID:
@@ -82,17 +82,18 @@ def project_kernel(
     keys = tl.zeros([BP, BR], tl.float32)
     values = tl.zeros([BP, BR], tl.float32)
     for h in range(H):
+        head = tl.cast(h, tl.int64)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             mask = is_token[:, None] & (d < D)[None, :]
             weight_at = r[None, :] * (H * D) + h * D + d[:, None]
             weight_mask = (d < D)[:, None] & (r < R)[None, :]
-            k_head = k_base + h * stride_kh
+            k_head = k_base + head * stride_kh
             k = load_rotated(k_head, cos_base, sin_base, tokens, d, mask, stride_km, stride_cm, HALF, INTERLEAVED)
             w = tl.load(wk_base + weight_at, mask=weight_mask, other=0.0).to(tl.float32)
             keys = tl.dot(k, w, keys, input_precision=PRECISION)
             v = load_rotated(
-                v_base + h * stride_vh, cos_base, sin_base, tokens, d, mask, stride_vm, stride_cm, 0, INTERLEAVED
+                v_base + head * stride_vh, cos_base, sin_base, tokens, d, mask, stride_vm, stride_cm, 0, INTERLEAVED
             )
             w = tl.load(wv_base + weight_at, mask=weight_mask, other=0.0).to(tl.float32)
             values = tl.dot(v, w, values, input_precision=PRECISION)
@@ -190,9 +191,9 @@ def block_backward_kernel(
     m,
     R: tl.constexpr, DELTA: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    layer_row = tl.program_id(1).to(tl.int64)
+    layer_row = tl.program_id(0).to(tl.int64)
     n, r = tl.arange(0, BN), tl.arange(0, BR)
-    tokens = tl.program_id(0) * BN + n
+    tokens = tl.program_id(1) * BN + n
     at = (layer_row * m + tokens)[:, None] * R + r[None, :]
     mask = (tokens < m)[:, None] & (r < R)[None, :]
     square = r[:, None] * R + r[None, :]
@@ -200,7 +201,7 @@ def block_backward_kernel(
     k = tl.load(key_ptr + at, mask=mask, other=0.0)
     u = tl.load(u_ptr + at, mask=mask, other=0.0)
     if DELTA:
-        block = (layer_row * tl.num_programs(0) + tl.program_id(0)) * R * R + square
+        block = (layer_row * tl.num_programs(1) + tl.program_id(1)) * R * R + square
         grad = tl.load(grad_ptr + block, mask=square_mask, other=0.0)
         core = tl.load(saved_ptr + block, mask=square_mask, other=0.0)
         w = tl.load(w_ptr + at, mask=mask, other=0.0)
@@ -239,10 +240,10 @@ def project_backward_kernel(
     X_GRAD: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    layer_row = tl.program_id(1).to(tl.int64)
+    layer_row = tl.program_id(0).to(tl.int64)
     layer, row = layer_row // B, layer_row % B
     num_chunks = tl.cdiv(D, BD)
-    h, d0 = tl.program_id(0) // num_chunks, (tl.program_id(0) % num_chunks) * BD
+    h, d0 = (tl.program_id(1) // num_chunks).to(tl.int64), (tl.program_id(1) % num_chunks) * BD
     n, r, d = tl.arange(0, BN), tl.arange(0, BR), d0 + tl.arange(0, BD)
     base = layer_pointer(x_ptr, table, layer, TABLE) + row * stride_xb + h * stride_xh
     weight_base = layer_pointer(weight_ptr, table + L, layer, TABLE) + h * D

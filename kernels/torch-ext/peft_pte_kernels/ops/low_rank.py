@@ -134,7 +134,7 @@ def state_backward_kernel(
     T, M, scaling,
     P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    p, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, p, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     t, r = block * BM + tl.arange(0, BM), tl.arange(0, BR)
     tokens = row * T + t
     z_base, u_base, mask = (tokens * P + p)[:, None] * R, (p * M + tokens)[:, None] * R, (t < T)[:, None]
@@ -156,7 +156,7 @@ def state_backward_kernel(
     z = tl.load(z_ptr + z_base + r[None, :], mask=mask, other=0.0)
     u_grad = tl.load(u_grad_ptr + u_base + r[None, :], mask=mask, other=0.0)
     state_grad = tl.dot(tl.trans(u_grad), z, input_precision=PRECISION) * scaling
-    part = ((row * tl.num_programs(1) + block) * P + p) * R * R
+    part = ((row * tl.num_programs(2) + block) * P + p) * R * R
     tl.store(state_grad_ptr + part + square, state_grad, mask=square_mask)
 
 
@@ -277,7 +277,7 @@ def low_rank_backward(
     state_grad = state.new_empty(num_rows, num_blocks * num_projections, r, r)
     launch(
         state_backward_kernel,
-        (num_projections, num_blocks, num_rows),
+        (num_rows, num_projections, num_blocks),
         *(z, u_grad, state, z_grad, u, state_grad, num_tokens, num_rows * num_tokens, scaling),
         P=num_projections,
         R=r,
