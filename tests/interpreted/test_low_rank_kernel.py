@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def updates(draw: st.DrawFn) -> dict[str, Any]:
     """Decoding (one token) and segments, one to three projections of different widths, mixed dtypes and strides."""
     dtype = draw(st.sampled_from(list(LIMITS)))
     num_rows = draw(st.integers(1, 6))
-    widths = draw(st.lists(st.sampled_from([8, 33, 64, 130]), min_size=1, max_size=3))
+    widths = draw(st.lists(st.sampled_from([8, 33, 64, 130, 144]), min_size=1, max_size=3))
     width, r = draw(st.sampled_from([24, 70, 128, 520])), draw(st.sampled_from([4, 5, 8, 16, 32, 40]))
     num_tokens = draw(st.sampled_from([1, 1, 2, 17, 40]))
     if num_tokens > 1 and dtype != torch.float32:
@@ -43,6 +44,7 @@ def updates(draw: st.DrawFn) -> dict[str, Any]:
         + [(random(out, r) / r**0.5).to(weight_dtype) for out in widths]
         + [(random(r, width) / width**0.5).to(weight_dtype) for _ in widths],
         scaling=draw(st.sampled_from([1.0, 0.25, 2.0])),
+        target_programs=draw(st.sampled_from([1, low_rank.TARGET_PROGRAMS])),  # several rows a program, or one
         limit=LIMITS[dtype],
     )
 
@@ -59,12 +61,13 @@ def unpacked(function: Any, scaling: float) -> Any:
 @settings(max_examples=150)
 @given(updates())
 def test_low_rank_update(case: dict[str, Any]) -> None:
-    compare(
-        unpacked(peft_pte_kernels.low_rank_update, case["scaling"]),
-        unpacked(reference.low_rank_update, case["scaling"]),
-        case["tensors"],
-        case["limit"],
-    )
+    with patch.object(low_rank, "TARGET_PROGRAMS", case["target_programs"]):
+        compare(
+            unpacked(peft_pte_kernels.low_rank_update, case["scaling"]),
+            unpacked(reference.low_rank_update, case["scaling"]),
+            case["tensors"],
+            case["limit"],
+        )
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5])

@@ -19,12 +19,16 @@ import triton.language as tl
 from ..dispatch import launch, limits, precision, register, tile
 
 MAX_PROJECTIONS = 3
-# Tiles. A program of `expand_kernel` reads its part of A and a state once for all its tokens; one of
-# `expand_decode_kernel` reads its part of A once for several rows.
+# Tiles. A program of `expand_kernel` reads its part of A and a state once for all its tokens. Widths that are no
+# multiple of 16 are read element by element, and the addresses take the registers of a larger tile.
 TOKENS, OUTPUTS = 64, 128
+ODD_TOKENS, ODD_OUTPUTS = 32, 64
 BACKWARD_TOKENS = 32
 SHRINK_ROWS = 16
+# A program of `expand_decode_kernel` reads its part of A once for several rows, one after the other; where that would
+# make fewer programs than this, about two for each multiprocessor of a large GPU, it has one row.
 DECODE_ROWS, DECODE_OUTPUTS = 4, 128
+TARGET_PROGRAMS = 256
 
 
 @triton.jit
@@ -77,6 +81,8 @@ def expand_kernel(
         block -= blocks0 + blocks1
     t, o, r = tl.program_id(1) * BM + tl.arange(0, BM), block * BO + tl.arange(0, BO), tl.arange(0, BR)
     tokens = row * T + t
+    at, mask = tokens[:, None] * width + o[None, :], (t < T)[:, None] & (o < width)[None, :]
+    base = tl.load(base_ptr + at, mask=mask, other=0.0)  # before the products, so that memory is waited for once
     z_at = (tokens * P + p)[:, None] * R + r[None, :]
     z = tl.load(z_ptr + z_at, mask=(t < T)[:, None] & (r < R)[None, :], other=0.0)
     square_mask = (r < R)[:, None] & (r < R)[None, :]
@@ -84,9 +90,7 @@ def expand_kernel(
     u = tl.dot(z, state, input_precision=PRECISION)
     a = tl.load(a_ptr + o[None, :] * R + r[:, None], mask=(o < width)[None, :] & (r < R)[:, None], other=0.0)
     update = tl.dot(u, a.to(tl.float32), input_precision=PRECISION) * scaling
-    at, mask = tokens[:, None] * width + o[None, :], (t < T)[:, None] & (o < width)[None, :]
-    base = tl.load(base_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (base + update).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, (base.to(tl.float32) + update).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -113,6 +117,8 @@ def expand_decode_kernel(
     for i in range(ROWS):
         row = tl.program_id(1).to(tl.int64) * ROWS + i
         rank = tl.where(row < B, R, 0)  # a row that is not there has no elements
+        at, mask = row * width + o, o < tl.where(row < B, width, 0)
+        base = tl.load(base_ptr + at, mask=mask, other=0.0)  # before the sums, so that memory is waited for once
         z = tl.zeros([BR], tl.float32)
         for split in range(SPLITS):
             z += tl.load(z_ptr + ((split * P + p) * B + row) * R + r, mask=r < rank, other=0.0)
@@ -121,9 +127,7 @@ def expand_decode_kernel(
         state = tl.load(state_ptr + state_at, mask=(r < rank)[:, None] & (r < rank)[None, :], other=0.0)
         u = tl.sum(state * z[:, None], 0)
         update = tl.sum(a * u[None, :], 1) * scaling
-        at, mask = row * width + o, o < tl.where(row < B, width, 0)
-        base = tl.load(base_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, (base + update).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + at, (base.to(tl.float32) + update).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -229,23 +233,26 @@ def low_rank(
     widths = three([a.shape[0] for a in A])
     options = dict(P=num_projections, R=r, BR=tile(r), device=x.device, num_stages=1, **limits())
     if decoding:
+        blocks = sum(triton.cdiv(a.shape[0], DECODE_OUTPUTS) for a in A)
+        rows = DECODE_ROWS if blocks * triton.cdiv(num_rows, DECODE_ROWS) >= TARGET_PROGRAMS else 1
         launch(
             expand_decode_kernel,
-            (sum(triton.cdiv(a.shape[0], DECODE_OUTPUTS) for a in A), triton.cdiv(num_rows, DECODE_ROWS)),
+            (blocks, triton.cdiv(num_rows, rows)),
             *(*tensors, num_rows, *widths, scaling),
             SPLITS=z.shape[0],
-            ROWS=DECODE_ROWS,
+            ROWS=rows,
             BO=DECODE_OUTPUTS,
             num_warps=4,
             **options,
         )
     else:
+        tokens, block = (TOKENS, OUTPUTS) if all(a.shape[0] % 16 == 0 for a in A) else (ODD_TOKENS, ODD_OUTPUTS)
         launch(
             expand_kernel,
-            (sum(triton.cdiv(a.shape[0], OUTPUTS) for a in A), triton.cdiv(num_tokens, TOKENS), num_rows),
+            (sum(triton.cdiv(a.shape[0], block) for a in A), triton.cdiv(num_tokens, tokens), num_rows),
             *(*tensors, num_tokens, *widths, scaling),
-            BM=TOKENS,
-            BO=OUTPUTS,
+            BM=tokens,
+            BO=block,
             PRECISION=precision(),
             num_warps=8,
             **options,
