@@ -124,6 +124,7 @@ def state_cases(state: Any) -> Iterator[Case]:
 def cache_cases(cache: Any) -> Iterator[Case]:
     for dtype, head_dim, tensors in [
         *((BF16, head_dim, 4) for head_dim in (64, 80, 96, 128, 256)),
+        *((dtype, 512, 4) for dtype in (BF16, FP32)),
         (FP32, 256, 4),
         (BF16, 128, 1),
     ]:
@@ -136,7 +137,7 @@ def cache_cases(cache: Any) -> Iterator[Case]:
 
 def low_rank_cases(low_rank: Any) -> Iterator[Case]:
     """(dtype, rank, widths of the projections, rows, tokens): decoding and segments."""
-    attention, single, decoding, segment = (2048, 256, 256), (2048,), (8, 1), (2, 64)
+    attention, single, odd, decoding, segment = (2048, 256, 256), (2048,), (2049, 257, 257), (8, 1), (2, 64)
     settings = [
         *(
             (dtype, rank, attention, *size)
@@ -147,6 +148,10 @@ def low_rank_cases(low_rank: Any) -> Iterator[Case]:
         (FP32, 16, attention, *decoding),
         (FP16, 32, attention, *segment),
         *((BF16, 32, single, *size) for size in ((1, 1), (128, 1))),
+        *((dtype, 64, odd, *size) for dtype in (BF16, FP32) for size in (decoding, segment)),
+        (FP16, 64, odd, 2, 17),
+        (FP32, 32, (257,), 2, 1000),
+        (BF16, 32, attention, 64, 1),
     ]
     for dtype, rank, widths, rows, tokens in settings:
 
@@ -167,6 +172,7 @@ def logprobs_cases(logprobs: Any) -> Iterator[Case]:
     for dtype, vocabulary in [
         *((dtype, 151936) for dtype in (BF16, FP16, FP32)),
         *((dtype, 128257) for dtype in (BF16, FP32)),
+        (FP16, 50257),
         (FP32, 100),
     ]:
 
@@ -183,6 +189,7 @@ def attention_cases(attention: Any) -> Iterator[Case]:
     settings = [
         *((BF16, head_dim, 1, 16, 2) for head_dim in (64, 80, 128, 256)),
         *((BF16, head_dim, 64, 32, 8) for head_dim in (96, 256)),
+        *((dtype, head_dim, 4, 16, 1) for dtype in (BF16, FP32) for head_dim in (192, 512)),
         *((FP32, head_dim, 8, 32, 8) for head_dim in (64, 128, 256)),
         (FP16, 128, 8, 32, 8),
     ]

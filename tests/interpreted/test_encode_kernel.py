@@ -155,7 +155,7 @@ def test_compact(data: st.DataObject) -> None:
     length = data.draw(st.integers(2, 180))
     count = data.draw(st.integers(1, length))
     start = data.draw(st.integers(0, length - count))
-    shape = num_rows, num_heads, length + data.draw(st.integers(0, 3)), data.draw(st.sampled_from([4, 24, 64, 80]))
+    shape = num_rows, num_heads, length + data.draw(st.integers(0, 3)), data.draw(st.sampled_from([4, 24, 64, 80, 520]))
     dtype = data.draw(DTYPES)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
     slots = [torch.randn(shape, generator=generator).to(dtype) for _ in range(data.draw(st.sampled_from([1, 4])))]

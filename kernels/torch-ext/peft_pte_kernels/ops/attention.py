@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launch, register, tile
+from ..dispatch import launch, limits, register, tile
 
 # Programs to aim for: about two for each multiprocessor of a large GPU.
 TARGET_PROGRAMS = 256
@@ -149,6 +149,7 @@ def decode_attention(
         device=query.device,
         num_warps=4,
         num_stages=NUM_STAGES[size],
+        **(limits() if size == 2 else {}),  # float32 has room by itself; told to, ptxas takes all and more
     )
     if splits > 1:
         launch(

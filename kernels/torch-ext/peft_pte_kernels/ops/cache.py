@@ -10,8 +10,9 @@ from ..dispatch import launch, register, tile
 from .encode import addresses
 from .encode_kernels import layer_pointer
 
-# Slots that move at once.
+# Slots that move at once, and bytes of them, which are held in registers.
 BLOCK = 64
+BLOCK_BYTES = 32768
 
 
 @triton.jit
@@ -26,9 +27,10 @@ def compact_kernel(
     base = layer_pointer(slots_ptr, table, tl.program_id(1), TABLE) + row * stride_b + head * stride_h
     n, d = tl.arange(0, BN), tl.arange(0, BD)
     for first in range(start, length - count, BN):
-        at = (first + n)[:, None] * stride_m + d[None, :]
-        mask = (first + n < length - count)[:, None] & (d < D)[None, :]
-        x = tl.load(base + at + count * stride_m, mask=mask, other=0.0)
+        slots = tl.cast(first + n, tl.int64)
+        at = slots[:, None] * stride_m + d[None, :]
+        mask = (slots < length - count)[:, None] & (d < D)[None, :]
+        x = tl.load(base + at + tl.cast(count, tl.int64) * stride_m, mask=mask, other=0.0)
         tl.debug_barrier()  # where fewer than BN slots have left, this block is written into what it is read from
         tl.store(base + at, x, mask=mask)
 
@@ -43,13 +45,14 @@ def compact(slots: list[torch.Tensor], start: int, count: int, length: int) -> N
     )
     for group in [slots] if uniform else [[x] for x in slots]:
         num_rows, num_heads, _, head_dim = group[0].shape
+        columns = tile(head_dim)
         launch(
             compact_kernel,
             (num_rows * num_heads, len(group)),
             *(group[0], addresses(group), start, count, length, num_heads, head_dim, *group[0].stride()[:3]),
             TABLE=len(group) > 1,
-            BN=BLOCK,
-            BD=tile(head_dim),
+            BN=max(1, min(BLOCK, BLOCK_BYTES // (columns * group[0].element_size()))),
+            BD=columns,
             device=first.device,
             num_warps=4,
             num_stages=1,
