@@ -26,6 +26,7 @@ from peft_pte import PTECache
 from peft_pte.cache import graph
 from peft_pte.cache.slots import SlotBuffer
 from peft_pte.families import attention_modules
+from peft_pte.hooks import decoder as hooks
 
 MODES = ["called", "recorded", *(["captured"] if torch.cuda.is_available() else [])]
 GREEDY = dict(do_sample=False, max_new_tokens=24, min_new_tokens=24)
@@ -183,7 +184,7 @@ def test_two_adapters(replaying) -> None:
 def test_states_may_be_made_at_the_eviction(replaying, model, monkeypatch, in_place: bool) -> None:
     """Whether states are made before the step or in it, and whether in new tensors, makes no difference."""
     expected, eager = replaying.off(decode, model, tokens(), None, [7] + [1] * 33)
-    evict = PTECache.evict
+    evict = hooks.evict
 
     def evict_and_encode(cache, *args, **kwargs):
         evict(cache, *args, **kwargs)
@@ -194,7 +195,7 @@ def test_states_may_be_made_at_the_eviction(replaying, model, monkeypatch, in_pl
             if in_place and before:
                 layer.states = {name: before[name].copy_(state) for name, state in layer.states.items()}
 
-    monkeypatch.setattr(PTECache, "evict", evict_and_encode)
+    monkeypatch.setattr(hooks, "evict", evict_and_encode)
     actual, cache = decode(model, tokens(), None, [7] + [1] * 33)
     assert replaying.count == 33
     assert relative_error(actual, expected) < 1e-10
