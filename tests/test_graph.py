@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import pickle
+import sys
 import threading
+import types
 import warnings
 
 import pytest
@@ -23,8 +26,9 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from peft_pte import PTECache
-from peft_pte.cache import graph
+from peft_pte.cache import graph, step
 from peft_pte.cache.slots import SlotBuffer
+from peft_pte.cache.twin import twin_of
 from peft_pte.families import attention_modules
 from peft_pte.hooks import decoder as hooks
 
@@ -461,7 +465,7 @@ def warned(replaying, model, ids: torch.Tensor | None = None) -> str:
         actual, cache = decode(model, ids, None, [7] + [1] * 33)
     messages = [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
     assert len(messages) == 1 and replaying.count == 0
-    assert config._attn_implementation == before and graph.current_step.get() is None
+    assert config._attn_implementation == before and step.current_step.get() is None
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert_alike(cache, eager)
     return messages[0]
@@ -518,8 +522,8 @@ def test_dropout(replaying, config: dict) -> None:
 def test_other_attention_is_refused(replaying, monkeypatch) -> None:
     """Softcapping, sinks and the like arrive as arguments that are not known."""
     model = with_adapter(tiny_model("qwen2"), window_size=8)
-    capped = functools.partial(graph.attend, softcap=30.0)
-    monkeypatch.setitem(graph.AttentionInterface._global_mapping, graph.ATTENTION, capped)
+    capped = functools.partial(step.attend, softcap=30.0)
+    monkeypatch.setitem(step.AttentionInterface._global_mapping, step.ATTENTION, capped)
     assert "attention takes `softcap`" in warned(replaying, model)
 
 
@@ -536,8 +540,8 @@ def test_sliding_window_is_refused(replaying) -> None:
 def test_attention_that_goes_its_own_way_is_refused(replaying, monkeypatch) -> None:
     """A family that ignores the configured attention function would attend to slots that are not in use."""
     model = with_adapter(tiny_model("qwen2"), window_size=8)
-    sdpa = graph.AttentionInterface._global_mapping["sdpa"]
-    monkeypatch.setitem(graph.AttentionInterface._global_mapping, graph.ATTENTION, sdpa)
+    sdpa = step.AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(step.AttentionInterface._global_mapping, step.ATTENTION, sdpa)
     assert "do not use the function" in warned(replaying, model)
 
 
@@ -552,8 +556,8 @@ def test_a_capture_that_fails(replaying, model, monkeypatch) -> None:
 
 def test_attention_is_only_for_steps(model) -> None:
     other = copy.deepcopy(model)
-    other.get_decoder().config._attn_implementation = graph.ATTENTION
-    with pytest.raises(RuntimeError, match="in another thread"), torch.no_grad():
+    other.get_decoder().config._attn_implementation = step.ATTENTION
+    with pytest.raises(RuntimeError, match="do not set it"), torch.no_grad():
         other(input_ids=tokens(7))
 
 
@@ -601,12 +605,127 @@ def test_switches() -> None:
 def test_threads() -> None:
     """The step that is being made belongs to its thread."""
     seen = []
-    token = graph.current_step.set("ours")
-    thread = threading.Thread(target=lambda: seen.append(graph.current_step.get()))
+    token = step.current_step.set("ours")
+    thread = threading.Thread(target=lambda: seen.append(step.current_step.get()))
     thread.start()
     thread.join()
-    graph.current_step.reset(token)
+    step.current_step.reset(token)
     assert seen == [None]
+
+
+def test_one_thread_captures_and_another_is_eager(replaying, model) -> None:
+    """On one model at the same time, each gets what it gets alone."""
+    ids = torch.stack([tokens(16, seed=seed) for seed in (1, 2)])
+    alone = [replaying.off(decode, model, ids[i], None, [7] + [1] * 9)[0][:, 7:] for i in range(2)]
+    interval = sys.getswitchinterval()
+    right = [0, 0]
+
+    def go_on(i: int, cache: PTECache, start: threading.Barrier) -> None:
+        start.wait()
+        logits = decode(model, ids[i, :, 7:], None, [1] * 9, cache)[0]
+        right[i] += relative_error(logits, alone[i]) < 1e-10
+
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(60):
+            start = threading.Barrier(2)
+            caches = [decode(model, ids[i, :, :7], None, [7], PTECache(cuda_graph=i == 0))[1] for i in range(2)]
+            threads = [threading.Thread(target=go_on, args=(i, caches[i], start)) for i in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert right == [60, 60] and replaying.count == 9 * 60
+
+
+def attributes(model: torch.nn.Module) -> list[dict]:
+    """All attributes of all modules, and all settings of their configurations."""
+    configs = {id(m.config): vars(m.config) for m in model.modules() if hasattr(m, "config")}
+    return [dict(vars(module)) for module in model.modules()] + [dict(config) for config in configs.values()]
+
+
+def test_the_model_is_left_alone(replaying, model, monkeypatch) -> None:
+    """Not even while a step is made does it show on the model, whose hooks and tables are not the twin's."""
+    decoder, seen = model.get_decoder(), []
+    forward = type(decoder.layers[0].mlp).forward
+
+    def spying_forward(mlp, x):
+        if step.current_step.get() is not None:
+            seen.append((mlp, attributes(decoder)))
+        return forward(mlp, x)
+
+    monkeypatch.setattr(type(decoder.layers[0].mlp), "forward", spying_forward)
+    cache = decode(model, tokens(7), None, [7])[1]
+    before = attributes(decoder)
+    decode(model, tokens(1), None, [1], cache)
+    assert replaying.captures == 1 and len(seen) >= 2
+    twin = graph.REPLAYS[cache].step.decoder
+    assert all(mlp in set(twin.modules()) - set(decoder.modules()) and now == before for mlp, now in seen)
+    assert twin.config._attn_implementation == step.ATTENTION != decoder.config._attn_implementation
+    assert set(map(id, twin.parameters())) == set(map(id, decoder.parameters()))
+    for module in twin.modules():
+        module.register_forward_hook(lambda *args: None)
+        module.mark = "twin"
+    assert attributes(decoder) == before
+
+
+def test_what_a_twin_refers_to(model) -> None:
+    """Nothing in it leads to the original decoder or its modules, which would keep a deleted model alive."""
+    decoder = model.get_decoder()
+    decoder.layers[0].neighbours = [decoder.layers[1], "text"]
+    decoder.layers[0].call_neighbour = decoder.layers[1].mlp.forward
+    try:
+        twin = twin_of(decoder, step.ATTENTION)
+    finally:
+        del decoder.layers[0].neighbours, decoder.layers[0].call_neighbour
+    assert twin.layers[0].neighbours == [twin.layers[1], "text"]
+    assert twin.layers[0].call_neighbour.__self__ is twin.layers[1].mlp
+    assert reachable_modules(twin) == set(twin.modules())
+
+
+def reachable_modules(start: object) -> set[torch.nn.Module]:
+    """The modules that an object leads to by strong references, classes and functions left aside."""
+    found, waiting = {}, [start]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in found or isinstance(thing, (type, types.ModuleType, types.FunctionType, str, int, float)):
+            continue
+        found[id(thing)] = thing
+        waiting += gc.get_referents(thing)
+    return {thing for thing in found.values() if isinstance(thing, torch.nn.Module)}
+
+
+def test_replaced_forwards(replaying) -> None:
+    """A method of the module itself moves to its twin; anything else may call the original, and is refused."""
+
+    def doubled(mlp, x):
+        return 2 * type(mlp).forward(mlp, x)
+
+    model = with_adapter(tiny_model("qwen2"), window_size=8)
+    plain = replaying.off(decode, model, tokens(), None, [7] + [1] * 33)[0]
+    mlp = model.get_decoder().layers[1].mlp
+    mlp.forward = types.MethodType(doubled, mlp)
+    expected = replaying.off(decode, model, tokens(), None, [7] + [1] * 33)[0]
+    assert relative_error(decode(model, tokens(), None, [7] + [1] * 33)[0], expected) < 1e-10
+    assert replaying.count == 33 and relative_error(plain, expected) > 1e-3
+    replaying.count = 0
+    mlp.forward = functools.partial(doubled, mlp)
+    assert "the forward of a Qwen2MLP was replaced" in warned(replaying, model)
+
+
+def test_a_wrapper_under_ours_is_refused(replaying) -> None:
+    base = tiny_model("qwen2")
+    decoder, calls = base.get_decoder(), []
+
+    def counted(decoder, *args, **kwargs):
+        calls.append(1)
+        return type(decoder).forward(decoder, *args, **kwargs)
+
+    decoder.forward = types.MethodType(counted, decoder)
+    assert "was replaced before the adapter" in warned(replaying, with_adapter(base, window_size=8))
+    assert len(calls) == 2 * 34
 
 
 def test_reserve() -> None:

@@ -1,0 +1,237 @@
+"""The decoder's step of one token as something to capture: over static slots, with the tensors that it reads.
+
+The step stores keys and values by a slot index on the device, and attends with a function of ours, which takes the
+number of slots in use from there; masks are reduced to the first slot in use of each row. It runs on a twin of the
+decoder (twin.py), so that nothing of it shows on the model. Who makes steps and replays them: graph.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from peft_pte_kernels import decode_attention
+
+from ..encoder import ENCODER_NAME, ThoughtEncoder
+from ..families import attention_modules
+from ..host import call_with_cache
+from .cache import PTECache
+from .snapshot import Snapshot, Unsupported, refuse_model
+from .twin import refuse_wrapper, twin_of
+
+ATTENTION = "pte_decode"
+# Arguments that families hand to their attention function and that say nothing new about one token.
+KNOWN_ARGUMENTS = {"position_ids", "use_cache", "cache_position"}
+WARM_UP_STEPS = 3
+
+
+class StepLayer(CacheLayerMixin):
+    """One layer's slots at full capacity, in which the step stores one token and reads all."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.slot = keys, values, slot
+        self.states: dict[str, torch.Tensor] = {}
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to prepare."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys.index_copy_(2, self.slot, key_states)
+        self.values.index_copy_(2, self.slot, value_states)
+        return self.keys, self.values
+
+    def states_for(self, encoder: ThoughtEncoder, attention: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
+        """As `PTECacheLayer.states_for`."""
+        return self.states
+
+    def get_seq_length(self) -> NoReturn:
+        raise Unsupported("the model asks its cache for the number of tokens, which changes from step to step")
+
+    def get_mask_sizes(self, query_length: int) -> NoReturn:
+        raise Unsupported("the model makes its own attention mask")
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+current_step: ContextVar[DecodeStep | None] = ContextVar("pte_step", default=None)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of a step, as transformers wants it: [B, H_q, 1, D] -> [B, 1, H_q, D]."""
+    step = current_step.get()
+    if step is None:
+        raise RuntimeError(
+            f"The attention implementation {ATTENTION!r} is only for PTE's captured decoding steps: do not set it."
+        )
+    layer = step.layers[module.layer_idx]
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in KNOWN_ARGUMENTS]
+    if unknown or attention_mask is not None:
+        raise Unsupported(f"attention takes `{(unknown or ['attention_mask'])[0]}`")
+    if dropout:
+        raise Unsupported("attention dropout is active")
+    if sliding_window is not None and sliding_window < layer.keys.shape[2]:
+        raise Unsupported(f"attention has a window of {sliding_window} tokens")
+    if key is not layer.keys or value is not layer.values or query.shape[2] != 1:
+        raise Unsupported("keys and values are changed between cache and attention")
+    step.attended += 1
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return decode_attention(query, key, value, step.first, step.length, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+class DecodeStep:
+    """The decoder's forward of one token, over the slots of one cache, with the tensors that it reads.
+
+    On the CPU there is no graph, and the same forward is simply called.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, original: Callable[..., BaseModelOutputWithPast], cache: PTECache, ids: torch.Tensor
+    ):
+        self.snapshot = Snapshot(decoder)
+        refuse_model(decoder, self.snapshot, ids.device)
+        refuse_wrapper(decoder, original)
+        self.of, self.decoder = weakref.ref(decoder), twin_of(decoder, ATTENTION)
+        self.is_inference = torch.is_inference_mode_enabled()
+        attentions = attention_modules(self.decoder).values()
+        self.encoders = [
+            (attention, getattr(attention, ENCODER_NAME))
+            for attention in attentions
+            if hasattr(attention, ENCODER_NAME)
+        ]
+        self.ids = torch.zeros_like(ids)
+        self.positions = torch.zeros(ids.shape, dtype=torch.long, device=ids.device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=ids.device)
+        self.first = torch.zeros(ids.shape[0], dtype=torch.int32, device=ids.device)
+        self.length = self.slot.int()
+        self.layers = [
+            StepLayer(*(slots.reserve(layer.limit) for slots in (layer.key_slots, layer.value_slots)), self.slot)
+            for layer in cache.layers
+        ]
+        self.cache = Cache(layers=self.layers)
+        self.sources: list[torch.Tensor] = []  # the cache's states that were copied last
+        self.num_evicted: list[int] | None = None
+        self.attended = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.hidden_states: torch.Tensor | None = None
+
+    def is_valid(self, decoder: nn.Module, cache: PTECache) -> bool:
+        """Whether a replay would do what `decoder` does with `cache` now."""
+        return (
+            self.of() is decoder
+            and torch.is_inference_mode_enabled() == self.is_inference
+            and cache.layers[0].key_slots.length < self.layers[0].keys.shape[2]
+            and all(
+                own.keys is layer.key_slots.data and own.values is layer.value_slots.data
+                for own, layer in zip(self.layers, cache.layers)
+            )
+            and self.snapshot.holds()
+        )
+
+    def load(self, cache: PTECache, ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor | None) -> None:
+        """Bring everything that changes between steps into the tensors that the graph reads."""
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        self.slot.fill_(cache.layers[0].key_slots.length)
+        if first is None:
+            self.first.zero_()
+        else:
+            self.first.copy_(first)
+        if cache.evicted != self.num_evicted:  # what is gone may still have to be encoded
+            for attention, encoder in self.encoders:
+                cache.layers[attention.layer_idx].states_for(encoder, attention, len(ids))
+            self.num_evicted, self.sources = list(cache.evicted), []
+        sources = [state for layer in cache.layers for state in layer.states.values()]
+        if len(sources) == len(self.sources) and all(map(operator.is_, sources, self.sources)):
+            return
+        for own, layer in zip(self.layers, cache.layers):
+            for name, state in layer.states.items():
+                if name in own.states:
+                    own.states[name].copy_(state)
+                else:
+                    own.states[name] = state.clone(memory_format=torch.contiguous_format)
+        self.sources = sources
+
+    def forward(self) -> None:
+        """The step itself: only kernels, no decisions of the host."""
+        self.attended = 0
+        self.length = (self.slot + 1).int()
+        token = current_step.set(self)
+        try:
+            output = call_with_cache(
+                self.decoder,
+                functools.partial(type(self.decoder).forward, self.decoder),
+                self.cache,
+                input_ids=self.ids,
+                attention_mask=None,
+                position_ids=self.positions,
+                use_cache=True,
+                return_dict=True,
+            )
+        finally:
+            current_step.reset(token)
+        if self.attended != len(self.layers):
+            raise Unsupported("its attention modules do not use the function that the configuration names")
+        self.hidden_states = output.last_hidden_state
+
+    def capture(self) -> None:
+        """Make the graph of `forward`, after steps that let libraries and kernels set themselves up.
+
+        They compute the step that was loaded, any number of times with the same result.
+        """
+        if self.ids.device.type != "cuda":
+            self.forward()
+            return
+        with torch.cuda.device(self.ids.device):
+            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            stream.wait_stream(current)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UP_STEPS):
+                        self.forward()
+                # Other threads may go on using the GPU. The stream is ours, since the default one is of one device.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self.forward()
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
+                current.wait_stream(stream)
+        self.graph = graph
+
+    def replay(self, cache: PTECache) -> BaseModelOutputWithPast:
+        """Compute the step that was loaded, and note in the cache that its token is stored."""
+        if self.graph is None:
+            self.forward()
+        else:
+            self.graph.replay()
+        for layer in cache.layers:
+            layer.note_stored(1)
+        # A copy, because the next replay writes to the same memory.
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden_states.clone())
