@@ -7,6 +7,7 @@ decided, and a value that is read back to the host is an error. On a machine wit
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -552,6 +553,39 @@ def test_a_capture_that_fails(replaying, model, monkeypatch) -> None:
 
     monkeypatch.setattr(graph.DecodeStep, "capture", fail)
     assert "not permitted when stream is capturing" in warned(replaying, model)
+
+
+def test_workspaces_are_the_graphs_own(model, monkeypatch) -> None:
+    """The order of a capture, with a device that does nothing: matrix products find no workspace made before it."""
+    events = []
+
+    @contextlib.contextmanager
+    def noted(name):
+        events.append(name)
+        yield
+        events.append(f"end of {name}")
+
+    class Nothing:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        wait_stream = __init__
+
+    decode_step = object.__new__(step.DecodeStep)
+    decode_step.ids = torch.empty(1, 1)
+    monkeypatch.setattr(step.DecodeStep, "is_on_gpu", True)
+    monkeypatch.setattr(step.DecodeStep, "forward", lambda self: events.append("step"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: events.append("forget"), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: noted("device"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted("warm-up"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: noted("capture"))
+    decode_step.capture()
+    warm_up = ["warm-up", *["step"] * step.WARM_UP_STEPS, "end of warm-up"]
+    assert events == ["device", *warm_up, "forget", "capture", "step", "end of capture", "forget", "end of device"]
 
 
 def test_attention_is_only_for_steps(model) -> None:

@@ -142,6 +142,10 @@ class DecodeStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.hidden_states: torch.Tensor | None = None
 
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.ids.device.type == "cuda"
+
     def is_valid(self, decoder: nn.Module, cache: PTECache) -> bool:
         """Whether a replay would do what `decoder` does with `cache` now."""
         return (
@@ -206,7 +210,7 @@ class DecodeStep:
 
         They compute the step that was loaded, any number of times with the same result.
         """
-        if self.ids.device.type != "cuda":
+        if not self.is_on_gpu:
             self.forward()
             return
         with torch.cuda.device(self.ids.device):
@@ -217,12 +221,14 @@ class DecodeStep:
                 with torch.cuda.stream(stream):
                     for _ in range(WARM_UP_STEPS):
                         self.forward()
+                forget_workspaces()
                 # Other threads may go on using the GPU. The stream is ours, since the default one is of one device.
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     self.forward()
             finally:
                 torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
                 current.wait_stream(stream)
+                forget_workspaces()
         self.graph = graph
 
     def replay(self, cache: PTECache) -> BaseModelOutputWithPast:
@@ -235,3 +241,16 @@ class DecodeStep:
             layer.note_stored(1)
         # A copy, because the next replay writes to the same memory.
         return BaseModelOutputWithPast(last_hidden_state=self.hidden_states.clone())
+
+
+def forget_workspaces() -> None:
+    """Let cuBLAS allocate its workspaces anew: called before a capture and after it, they are the graph's own.
+
+    A captured matrix product has the address of the workspace of its stream built in. One that the warm-up has made
+    lies in ordinary memory, and goes when somebody else frees it: another graph captured on a stream of the same pool
+    that is destroyed (pytorch#193402), or Inductor, which does the same as here around its own captures. Made in the
+    capture, it lies in the graph's private pool; forgotten after it, nobody else computes or frees there.
+    """
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # builds without CUDA have none
+    if forget is not None and torch.cuda.is_available():
+        forget()
