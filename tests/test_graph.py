@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from peft_pte import PTECache
 from peft_pte.cache import graph, step
 from peft_pte.cache.slots import SlotBuffer
+from peft_pte.cache.snapshot import Trial, Unsupported, refuse_old_torch
 from peft_pte.cache.twin import twin_of
 from peft_pte.families import attention_modules
 from peft_pte.hooks import decoder as hooks
@@ -546,6 +547,41 @@ def test_attention_that_goes_its_own_way_is_refused(replaying, monkeypatch) -> N
     assert "do not use the function" in warned(replaying, model)
 
 
+SYNCHRONISING = {
+    "item": lambda x: x * float(x.max()),
+    "branch": lambda x: x if bool((x > 0).any()) else -x,
+    "nonzero": lambda x: x + x.nonzero().sum() * 0,
+    "masked": lambda x: x + x[x > 0].sum() * 0,
+    "unique": lambda x: x + x.unique().sum() * 0,
+    "equal": lambda x: x if torch.equal(x, x) else -x,
+}
+
+
+@pytest.mark.parametrize("kind", SYNCHRONISING)
+def test_steps_that_synchronise_are_found_out_before_a_capture(replaying, kind: str) -> None:
+    model = with_adapter(tiny_model("qwen2"), window_size=8)
+    mlp = model.get_decoder().layers[1].mlp
+    mlp.forward = types.MethodType(lambda mlp, x: SYNCHRONISING[kind](type(mlp).forward(mlp, x)), mlp)
+    assert "in the middle of a step" in warned(replaying, model)
+
+
+def test_moving_data_is_found_out() -> None:
+    x = torch.ones(2)
+    with Trial():
+        x = x + torch.tensor(1.0) * x.to(torch.float64)
+    for move in (lambda: x.to("meta"), lambda: torch.empty(2, device="meta").copy_(x)):
+        with pytest.raises(Unsupported, match="moves data between devices"), Trial():
+            move()
+
+
+@pytest.mark.parametrize("version, device, refused", [("2.11.0+cu128", "cuda", True), ("2.12.0", "cuda", False)])
+def test_old_torch_is_refused(monkeypatch, version: str, device: str, refused: bool) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    refuse_old_torch(torch.device("cpu"))
+    with pytest.raises(Unsupported, match="older than 2.12") if refused else contextlib.nullcontext():
+        refuse_old_torch(torch.device(device))
+
+
 def test_a_capture_that_fails(replaying, model, monkeypatch) -> None:
     def fail(step):
         step.forward()
@@ -575,6 +611,7 @@ def test_workspaces_are_the_graphs_own(model, monkeypatch) -> None:
     decode_step.ids = torch.empty(1, 1)
     monkeypatch.setattr(step.DecodeStep, "is_on_gpu", True)
     monkeypatch.setattr(step.DecodeStep, "forward", lambda self: events.append("step"))
+    monkeypatch.setattr(step.DecodeStep, "try_out", lambda self: events.append("trial"))
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: events.append("forget"), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("Stream", "CUDAGraph", "current_stream"):
@@ -584,7 +621,7 @@ def test_workspaces_are_the_graphs_own(model, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted("warm-up"))
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: noted("capture"))
     decode_step.capture()
-    warm_up = ["warm-up", *["step"] * step.WARM_UP_STEPS, "end of warm-up"]
+    warm_up = ["warm-up", "trial", *["step"] * step.WARM_UP_STEPS, "end of warm-up"]
     assert events == ["device", *warm_up, "forget", "capture", "step", "end of capture", "forget", "end of device"]
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
 PACKAGE = __name__.partition(".")[0]
@@ -15,8 +18,41 @@ PACKAGE = __name__.partition(".")[0]
 HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
 
 
+# Operations whose result, or its shape, the host reads back from the device.
+SYNCHRONISING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Before, a capture that fails leaves the allocator as if it still went on, and later ones die of an internal assertion
+# (pytorch#180395).
+SAFE_TO_FAIL = Version("2.12")
+
+
 class Unsupported(Exception):
     """Why a model's step cannot be replayed."""
+
+
+class Trial(TorchDispatchMode):
+    """Raises `Unsupported` for operations that cannot be captured: a capture that fails is not undone without traces.
+
+    (The private memory pool of an unfinished capture is never given back, pytorch#190308.)
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if not SYNCHRONISING.isdisjoint(function.tags):
+            raise Unsupported(f"the host has to wait for the result of `{function}` in the middle of a step")
+        result = function(*args, **(kwargs or {}))
+        # Tensors without dimensions are scalars, which may stand on the host, where they are read when they are used.
+        moves = function.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy)
+        tensors = [x for x in tree_iter((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if len({tensor.device for tensor in tensors if tensor.ndim or moves}) > 1:
+            raise Unsupported(f"`{function}` moves data between devices in the middle of a step")
+        return result
+
+
+def refuse_old_torch(device: torch.device) -> None:
+    """Raise `Unsupported` where a capture that fails, for whatever reason, would not be survived."""
+    if device.type == "cuda" and Version(torch.__version__).release < SAFE_TO_FAIL.release:
+        raise Unsupported(
+            f"torch {torch.__version__} is older than {SAFE_TO_FAIL}, before which a failing capture breaks it"
+        )
 
 
 class Snapshot:

@@ -26,13 +26,13 @@ from ..encoder import ENCODER_NAME, ThoughtEncoder
 from ..families import attention_modules
 from ..host import call_with_cache
 from .cache import PTECache
-from .snapshot import Snapshot, Unsupported, refuse_model
+from .snapshot import Snapshot, Trial, Unsupported, refuse_model, refuse_old_torch
 from .twin import refuse_wrapper, twin_of
 
 ATTENTION = "pte_decode"
 # Arguments that families hand to their attention function and that say nothing new about one token.
 KNOWN_ARGUMENTS = {"position_ids", "use_cache", "cache_position"}
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2  # after a first one, which is watched
 
 
 class StepLayer(CacheLayerMixin):
@@ -115,6 +115,7 @@ class DecodeStep:
     def __init__(
         self, decoder: nn.Module, original: Callable[..., BaseModelOutputWithPast], cache: PTECache, ids: torch.Tensor
     ):
+        refuse_old_torch(ids.device)
         self.snapshot = Snapshot(decoder)
         refuse_model(decoder, self.snapshot, ids.device)
         refuse_wrapper(decoder, original)
@@ -205,13 +206,18 @@ class DecodeStep:
             raise Unsupported("its attention modules do not use the function that the configuration names")
         self.hidden_states = output.last_hidden_state
 
+    def try_out(self) -> None:
+        """Raise `Unsupported` if the step does something that cannot be captured."""
+        with Trial():
+            self.forward()
+
     def capture(self) -> None:
         """Make the graph of `forward`, after steps that let libraries and kernels set themselves up.
 
         They compute the step that was loaded, any number of times with the same result.
         """
         if not self.is_on_gpu:
-            self.forward()
+            self.try_out()
             return
         with torch.cuda.device(self.ids.device):
             current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -219,6 +225,7 @@ class DecodeStep:
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.stream(stream):
+                    self.try_out()
                     for _ in range(WARM_UP_STEPS):
                         self.forward()
                 forget_workspaces()
