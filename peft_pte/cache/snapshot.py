@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import operator
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +21,8 @@ PACKAGE = __name__.partition(".")[0]
 HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
 
 
+# Attributes that change from call to call, of modules (ours, and switched around a call) and of configurations.
+PASSING = {"call", "gradient_checkpointing", "_gradient_checkpointing_func", "use_cache"}
 # Operations whose result, or its shape, the host reads back from the device.
 SYNCHRONISING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # Before, a capture that fails leaves the allocator as if it still went on, and later ones die of an internal assertion
@@ -58,21 +63,26 @@ def refuse_old_torch(device: torch.device) -> None:
 class Snapshot:
     """What a graph takes for granted about a decoder: its modules, their hooks and mode, and where their tensors lie.
 
-    It is compared before every step, with hundreds of modules: so whole tables at once.
+    There are hundreds of modules: so whole tables are compared at once. It does not refer to the decoder itself.
     """
 
     def __init__(self, decoder: nn.Module):
-        self.decoder, self.is_training = decoder, decoder.training
+        self.of, self.is_training = weakref.ref(decoder), decoder.training
         modules = list(decoder.modules())
         self.children = [m._modules for m in modules if m._modules]
         self.known_children = [dict(table) for table in self.children]
         self.tensor_tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
-        self.tensors = [tensor for tensor in self._entries() if tensor is not None]  # alive: no other gets their ids
-        self.ids = list(map(id, self._entries()))
+        self.entries = list(self._entries())  # alive: no other gets their identities
+        self.tensors = [tensor for tensor in self.entries if tensor is not None]
         self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
         self.hooks = [table for m in modules for table in (m._forward_pre_hooks, m._forward_hooks)]
         self.known_hooks = [dict(table) for table in self.hooks]
         self.next_hook = RemovableHandle.next_id  # grows with every hook that anybody registers
+        self.attributes = [vars(m) for m in modules if m is not decoder]
+        self.known_attributes = [lasting(table) for table in self.attributes]
+        self.known_settings = settings_of(decoder)
+        self.configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
+        self.known_configs = [lasting(vars(config)) for config in self.configs]
 
     def _entries(self) -> Iterator[torch.Tensor | None]:
         return itertools.chain.from_iterable(map(dict.values, self.tensor_tables))
@@ -86,13 +96,48 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether all is as it was. A hook that was taken off since does not count: ours go with their modules."""
+        decoder = self.of()
         return (
-            self.decoder.training == self.is_training
+            decoder is not None
+            and decoder.training == self.is_training
             and self._has_same_hooks()
             and self.children == self.known_children
-            and list(map(id, self._entries())) == self.ids
+            and len(self.entries) == sum(map(len, self.tensor_tables))
+            and all(map(operator.is_, self._entries(), self.entries))
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
         )
+
+    def holds_in_detail(self) -> bool:
+        """The same for another cache, maybe much later: also attributes, configurations, and hooks that are gone."""
+        return (
+            self.holds()
+            and self.hooks == self.known_hooks
+            and settings_of(self.of()) == self.known_settings
+            and all(map(is_same, self.attributes, self.known_attributes))
+            and all(is_same(vars(config), known) for config, known in zip(self.configs, self.known_configs))
+        )
+
+
+def lasting(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a module or a configuration that do not belong to a call in progress, as they are now."""
+    return {
+        name: copy.copy(value) if type(value) in (dict, list) else value
+        for name, value in attributes.items()
+        if name not in PASSING
+    }
+
+
+def is_same(attributes: dict[str, Any], known: dict[str, Any]) -> bool:
+    """Whether attributes are the same objects as before, or equal plain ones."""
+    try:
+        return attributes == known or lasting(attributes) == known
+    except Exception:  # tensors and arrays, which have no single truth value when they are not the same object
+        return False
+
+
+def settings_of(decoder: nn.Module) -> dict[str, Any]:
+    """The plain attributes of the decoder itself; others may refer to it, and a snapshot must not."""
+    return {name: x for name, x in lasting(vars(decoder)).items() if isinstance(x, (bool, int, float, str))}
 
 
 def refuse_model(decoder: nn.Module, snapshot: Snapshot, device: torch.device) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import operator
-import weakref
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
@@ -26,12 +26,15 @@ from ..encoder import ENCODER_NAME, ThoughtEncoder
 from ..families import attention_modules
 from ..host import call_with_cache
 from .cache import PTECache
+from .slots import SlotBuffer
 from .snapshot import Snapshot, Trial, Unsupported, refuse_model, refuse_old_torch
 from .twin import refuse_wrapper, twin_of
 
 ATTENTION = "pte_decode"
 # Arguments that families hand to their attention function and that say nothing new about one token.
 KNOWN_ARGUMENTS = {"position_ids", "use_cache", "cache_position"}
+# A step may have so many slots more than a cache needs.
+SPARE_SLOTS = SlotBuffer.GROWTH
 WARM_UP_STEPS = 2  # after a first one, which is watched
 
 
@@ -113,13 +116,19 @@ class DecodeStep:
     """
 
     def __init__(
-        self, decoder: nn.Module, original: Callable[..., BaseModelOutputWithPast], cache: PTECache, ids: torch.Tensor
+        self,
+        decoder: nn.Module,
+        original: Callable[..., BaseModelOutputWithPast],
+        snapshot: Snapshot,
+        cache: PTECache,
+        ids: torch.Tensor,
     ):
+        self.snapshot = snapshot
         refuse_old_torch(ids.device)
-        self.snapshot = Snapshot(decoder)
         refuse_model(decoder, self.snapshot, ids.device)
         refuse_wrapper(decoder, original)
-        self.of, self.decoder = weakref.ref(decoder), twin_of(decoder, ATTENTION)
+        self.decoder = twin_of(decoder, ATTENTION)
+        self.adapters = cache.adapters
         self.is_inference = torch.is_inference_mode_enabled()
         attentions = attention_modules(self.decoder).values()
         self.encoders = [
@@ -139,6 +148,7 @@ class DecodeStep:
         self.cache = Cache(layers=self.layers)
         self.sources: list[torch.Tensor] = []  # the cache's states that were copied last
         self.num_evicted: list[int] | None = None
+        self.known_uses: list[tuple[int, int]] = []
         self.attended = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.hidden_states: torch.Tensor | None = None
@@ -147,18 +157,68 @@ class DecodeStep:
     def is_on_gpu(self) -> bool:
         return self.ids.device.type == "cuda"
 
-    def is_valid(self, decoder: nn.Module, cache: PTECache) -> bool:
-        """Whether a replay would do what `decoder` does with `cache` now."""
+    def serves(self, cache: PTECache) -> bool:
+        """Whether the slots of `cache` are still those of the step, which may write another token into them."""
         return (
-            self.of() is decoder
-            and torch.is_inference_mode_enabled() == self.is_inference
+            torch.is_inference_mode_enabled() == self.is_inference
             and cache.layers[0].key_slots.length < self.layers[0].keys.shape[2]
-            and all(
-                own.keys is layer.key_slots.data and own.values is layer.value_slots.data
-                for own, layer in zip(self.layers, cache.layers)
-            )
-            and self.snapshot.holds()
+            and all(own is slots.data for own, slots in self.pairs(cache))
         )
+
+    def pairs(self, cache: PTECache) -> Iterator[tuple[torch.Tensor, SlotBuffer]]:
+        """The step's own slots and those of a cache."""
+        for own, layer in zip(self.layers, cache.layers):
+            yield own.keys, layer.key_slots
+            yield own.values, layer.value_slots
+
+    def fits(self, cache: PTECache, ids: torch.Tensor) -> bool:
+        """Whether the step could serve `cache`, which has slots of its own, instead of the cache it was made for.
+
+        It may have some more slots than needed, so that prompts of about the same length can share a step.
+        """
+
+        def fit(own: torch.Tensor, slots: SlotBuffer, limit: int) -> bool:
+            shape = [len(ids), *slots.data.shape[1:2], own.shape[2], *slots.data.shape[3:]]
+            return (
+                list(own.shape) == shape
+                and (own.dtype, own.device) == (slots.data.dtype, slots.data.device)
+                and max(limit, slots.length + 1) <= own.shape[2] <= limit + SPARE_SLOTS
+            )
+
+        return (
+            (ids.shape, ids.dtype, ids.device) == (self.ids.shape, self.ids.dtype, self.ids.device)
+            and torch.is_inference_mode_enabled() == self.is_inference
+            and cache.adapters == self.adapters
+            and len(cache.layers) == len(self.layers)
+            and all(fit(own, slots, cache.layers[0].limit) for own, slots in self.pairs(cache))
+        )
+
+    def adopt(self, cache: PTECache) -> None:
+        """Move the contents of a cache's slots into those of the step, for the cache to use from now on."""
+        pairs = list(self.pairs(cache))
+        torch._foreach_copy_(
+            [own.narrow(-2, 0, slots.length) for own, slots in pairs], [slots.view for _, slots in pairs]
+        )
+        for own, slots in pairs:
+            slots.data = own
+        self.sources, self.num_evicted = [], None
+
+    def count_uses(self) -> list[tuple[int, int]]:
+        """How often each of the slots is referred to, and how many tensors there are of its storage.
+
+        Somebody may keep a view of a cache that is gone, or its layers; then the slots cannot be another cache's.
+        """
+        count = getattr(torch._C, "_storage_Use_Count", lambda address: 0)
+        slots = [x for layer in self.layers for x in (layer.keys, layer.values)]
+        return [(sys.getrefcount(x), count(x.untyped_storage()._cdata)) for x in slots]
+
+    def note_uses(self) -> None:
+        """Remember how often the slots are referred to now, but for the cache's own reference to them."""
+        self.known_uses = [(references - 1, tensors) for references, tensors in self.count_uses()]
+
+    def is_free(self) -> bool:
+        """Whether nobody refers to the slots but the step."""
+        return self.count_uses() == self.known_uses
 
     def load(self, cache: PTECache, ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor | None) -> None:
         """Bring everything that changes between steps into the tensors that the graph reads."""

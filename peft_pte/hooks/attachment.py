@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..cache.graph import Steps
 from ..compiling import decides
 from ..config import CachePolicy, PTEConfig
 from ..encoder import ThoughtEncoder
@@ -51,6 +52,7 @@ class Attachment:
         self.configs: dict[str, PTEConfig] = {}
         self.encoders: list[ThoughtEncoder] = []
         self.handles: list[Any] = []
+        self.steps = Steps()  # of decoding, captured
         # With output embeddings, labels are tokens; those of a classifier or a reward model are something else.
         embeddings = getattr(top, "get_output_embeddings", None)  # of the instance: the base may be a PeftModel
         self.predicts_tokens = embeddings is not None and embeddings() is not None
