@@ -43,9 +43,38 @@ class StateRule(NamedTuple):
     encode_keys: str
 
 
+class Reading(NamedTuple):
+    """What a core is read with, both [..., r, r]: Q (unit rows for the delta rule) and S_0 (Eq. 6).
+
+    Unit rows of Q: on its scale the training stability of the delta rule hangs.
+    """
+
+    query: torch.Tensor
+    initial: torch.Tensor
+
+
 def state_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """States are float32, also in half-precision models, and float64 in float64 models."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def initial_state(
+    rule: StateRule, query: torch.Tensor, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
+) -> torch.Tensor:
+    """S_0 (Eq. 6) of Q [..., r, r] and the projected global tokens [..., G, r], if there are any.
+
+    Before any normalisation but that of the delta rule.
+    """
+    if keys is None:
+        return torch.zeros_like(query)
+    state = query @ (keys.mT @ values)
+    return unit_rows(state) if rule.update == "delta" else state
+
+
+def reading_of(rule: StateRule, query: torch.Tensor, *projected: torch.Tensor) -> Reading:
+    """Q as it is used, and S_0; arguments as `initial_state`."""
+    initial = initial_state(rule, query, *projected)
+    return Reading(unit_rows(query) if rule.update == "delta" else query, initial)
 
 
 class StateLinear(nn.Linear):
@@ -113,33 +142,42 @@ class ThoughtEncoder(nn.Module, PTELayer):
         """Q = W_Q q_g, [r, r]."""
         return self.pte_query[name](self.pte_query_tokens[name]())
 
-    def _initial_state(self, name: str, query: torch.Tensor) -> torch.Tensor:
-        """S_0, [r, r] (Eq. 6), before any normalisation but that of the delta rule."""
-        rule = self.pte_rule[name]
+    def reading(self, name: str) -> Reading:
+        """Q and S_0, both [r, r]."""
+        rule, query = self.pte_rule[name], self.query(name)
         if not rule.num_global_tokens:
-            weight = self.pte_key[name].weight
-            return torch.zeros(rule.r, rule.r, dtype=state_dtype(weight), device=weight.device)
+            return reading_of(rule, query)
         tokens = self.pte_global_tokens[name]()
-        state = query @ (self.pte_key[name](tokens).mT @ self.pte_value[name](tokens))
-        return unit_rows(state) if rule.update == "delta" else state
+        return reading_of(rule, query, self.pte_key[name](tokens), self.pte_value[name](tokens))
 
     def start(self, name: str, batch_size: int) -> torch.Tensor:
         """What an empty cache carries: M = 0, or the normalised S_0 where the state is normalised on write (Eq. 4)."""
         rule = self.pte_rule[name]
         if rule.norm == "write":
-            return normalize_state(self._initial_state(name, self.query(name)), rule.norm_type).expand(
-                batch_size, -1, -1
-            )
+            return normalize_state(self.reading(name).initial, rule.norm_type).expand(batch_size, -1, -1)
         weight = self.pte_key[name].weight
         return torch.zeros(batch_size, rule.r, rule.r, dtype=state_dtype(weight), device=weight.device)
 
-    def write(self, name: str, core: torch.Tensor, attention: nn.Module, evicted: Evicted) -> torch.Tensor:
-        """Encode evicted keys and values into the core: [B, r, r] -> [B, r, r] (Eq. 3 and 4, or the delta rule)."""
+    def write(
+        self,
+        name: str,
+        core: torch.Tensor,
+        attention: nn.Module,
+        evicted: Evicted,
+        query: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Encode evicted keys and values into the core: [B, r, r] -> [B, r, r] (Eq. 3 and 4, or the delta rule).
+
+        `query`: Q, if it has been computed.
+        """
         rule = self.pte_rule[name]
         if rule.update == "none":
             return core
         if self.is_fused(name, evicted.keys):
-            return write_layers(name, core[None], [(attention, self)], [evicted])[0]
+            if query is None and rule.norm == "write":
+                query = self.query(name)
+            stacked_query = None if query is None else query[None]
+            return write_layers(name, core[None], [(attention, self)], [evicted], stacked_query)[0]
         dtype = state_dtype(evicted.keys, core)
         keys = evicted.positions.take_out(attention, evicted.keys.to(dtype), rule.encode_keys)
         keys = self.pte_key[name](keys.transpose(1, 2).flatten(2))  # [B, m, r]
@@ -147,7 +185,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         valid = None if evicted.valid is None else evicted.valid.to(keys.device)
         if rule.norm == "write":
             added = UPDATES[rule.update](torch.zeros_like(core), keys, values, valid)
-            return normalize_state(core + self.query(name) @ added, rule.norm_type)
+            return normalize_state(core + (self.query(name) if query is None else query) @ added, rule.norm_type)
         return UPDATES[rule.update](core, keys, values, valid)
 
     def is_fused(self, name: str, keys: torch.Tensor) -> bool:
@@ -160,19 +198,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         if rule.norm == "write":
             return core
         query, initial = self.reading(name)
-        if rule.update == "none":
-            state = initial.expand_as(core)
-            return normalize_state(state, rule.norm_type) if rule.norm == "read" else state
-        return read_layers(rule, core[None], query[None], initial[None, None])[0]
-
-    def reading(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the core is read with: Q (unit rows for the delta rule) and S_0, both [r, r].
-
-        Unit rows of Q: on its scale the training stability of the delta rule hangs.
-        """
-        query = self.query(name)
-        initial = self._initial_state(name, query)
-        return (unit_rows(query) if self.pte_rule[name].update == "delta" else query), initial
+        return read_layers(rule, core[None], Reading(query[None], initial[None]))[0]
 
     def advance(
         self, cores: dict[str, torch.Tensor], attention: nn.Module, evicted: Evicted | None, batch_size: int
@@ -243,15 +269,21 @@ class ThoughtEncoder(nn.Module, PTELayer):
         return "pte." + super().__repr__()
 
 
-def read_layers(rule: StateRule, cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    """The states of layers of one rule, [L, B, r, r]; `query` [L, r, r], `initial` [L, 1, r, r].
+def read_layers(rule: StateRule, cores: torch.Tensor, reading: Reading) -> torch.Tensor:
+    """The states of layers of one rule, [L, B, r, r], from their cores and from Q and S_0 [L, r, r].
 
     Delta rule: values on the side of A, keys on the side of B, so the product is transposed: S (B x) asks M with
     Q^T B x as the query and gets values, which is what the rule stores them for. The paper's order, which the sum
     keeps, asks values for keys.
     """
+    if rule.norm == "write":
+        return cores
+    initial = reading.initial[:, None]
+    if rule.update == "none":
+        states = initial.expand_as(cores)
+        return normalize_state(states, rule.norm_type) if rule.norm == "read" else states
     norm = rule.norm_type if rule.norm == "read" else rule.norm
-    return peft_pte_kernels.read_state(cores, query, initial, rule.update == "delta", norm)
+    return peft_pte_kernels.read_state(cores, reading.query, initial, rule.update == "delta", norm)
 
 
 def write_layers(
@@ -259,10 +291,12 @@ def write_layers(
     cores: torch.Tensor,
     layers: list[tuple[nn.Module, ThoughtEncoder]],
     evicted: list[Evicted],
+    query: torch.Tensor | None,
 ) -> torch.Tensor:
     """As `ThoughtEncoder.write`, by a kernel for several layers: cores [L, B, r, r] -> [L, B, r, r].
 
-    `layers`: attention module and encoder of each; what has left them has the same positions.
+    `layers`: attention module and encoder of each; what has left them has the same positions. `query`: Q [L, r, r],
+    which only states that are normalised on write need here.
     """
     attention, encoder = layers[0]
     rule = encoder.pte_rule[name]
@@ -287,6 +321,5 @@ def write_layers(
     options = rule.update, rotation, None if valid is None else valid.to(cores.device)
     if rule.norm == "write":
         added = peft_pte_kernels.encode(*arguments, torch.zeros_like(cores), *options)
-        query = torch.stack([encoder.query(name) for _, encoder in layers])
         return peft_pte_kernels.read_state(added, query, cores, False, rule.norm_type)
     return peft_pte_kernels.encode(*arguments, cores, *options)

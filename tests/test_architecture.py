@@ -16,6 +16,7 @@ LEVELS = [
     ["host", "config"],
     ["layer", "families"],
     ["encoder"],
+    ["stacked"],
     ["cache"],
     ["replay"],
     ["hooks"],

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import peft_pte.encoder
+import peft_pte.stacked
 from peft_pte import PTEConfig
-from peft_pte.encoder import Evicted, StateRule, ThoughtEncoder
+from peft_pte.encoder import Evicted, Reading, StateRule, ThoughtEncoder
 from peft_pte_kernels.reference import bound_rows, unit_rows
 
 GATE_SCALE = 4.0  # logits move faster than weights do at one learning rate
@@ -34,7 +35,12 @@ def with_gate(from_projections: bool) -> Iterator[None]:
         update_layer(self, name, config)
 
     def write(
-        self: ThoughtEncoder, name: str, core: torch.Tensor, attention: nn.Module, evicted: Evicted
+        self: ThoughtEncoder,
+        name: str,
+        core: torch.Tensor,
+        attention: nn.Module,
+        evicted: Evicted,
+        query: torch.Tensor | None = None,
     ) -> torch.Tensor:
         keys = evicted.positions.take_out(attention, evicted.keys, self.pte_rule[name].encode_keys)
         keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, evicted.values))
@@ -57,10 +63,13 @@ def with_gate(from_projections: bool) -> Iterator[None]:
 def with_transposed_read() -> Iterator[None]:
     """S = S_0 + bound((Q M)^T) for the sum too: what is looked up are keys, and what comes back are values."""
 
-    def read_layers(rule: StateRule, cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        return initial + bound_rows((query[:, None] @ cores).mT)
+    def read_layers(rule: StateRule, cores: torch.Tensor, reading: Reading) -> torch.Tensor:
+        return reading.initial[:, None] + bound_rows((reading.query[:, None] @ cores).mT)
 
-    with patch.object(peft_pte.encoder, "read_layers", read_layers):
+    with (
+        patch.object(peft_pte.encoder, "read_layers", read_layers),
+        patch.object(peft_pte.stacked, "read_layers", read_layers),
+    ):
         yield
 
 

@@ -9,12 +9,10 @@ import peft_pte_kernels
 from peft_pte_kernels import dispatch
 
 from ..compiling import uncompiled
-from ..encoder import ENCODER_NAME, Evicted, ThoughtEncoder, read_layers, write_layers
-from ..families import attention_modules
+from ..encoder import Evicted, write_layers
 from ..rotary import KeyPositions
+from ..stacked import Layers, StackedEncoders, encoders_of, grouped
 from .cache import PTECache
-
-Encoders = list[tuple[nn.Module, ThoughtEncoder]]  # with their attention modules
 
 
 @uncompiled
@@ -85,23 +83,15 @@ def evict_at_once(
         return False
     if len({buffer.data.device for buffer in slots}) > 1 or not dispatch.uses_triton(slots[0].data):
         return False
-    encoders: Encoders = [
-        (attention, getattr(attention, ENCODER_NAME))
-        for attention in attention_modules(decoder).values()
-        if hasattr(attention, ENCODER_NAME)
-    ]
-    groups = []
+    layers, groups = encoders_of(decoder), []
     for name in cache.adapters:
-        live = [(attention, encoder) for attention, encoder in encoders if name in encoder.live_adapters]
-        for attention, encoder in live:
-            layer = cache.layers[attention.layer_idx]
-            ready = layer.evicted is None and name in layer.cores
-            if not ready or not encoder.is_fused(name, layer.key_slots.data):
-                return False
-        for uses_rope in (True, False):  # SmolLM3 has layers of both kinds
-            group = [pair for pair in live if getattr(pair[0], "use_rope", True) == uses_rope]
-            if group:
-                groups.append((name, group))
+        for group in grouped(name, layers):
+            for attention, encoder in group:
+                layer = cache.layers[attention.layer_idx]
+                ready = layer.evicted is None and name in layer.cores
+                if not ready or not encoder.is_fused(name, layer.key_slots.data):
+                    return False
+            groups.append((name, group))
     for name, group in groups:
         encode_group(cache, name, group, start, count, positions, valid)
     peft_pte_kernels.compact([buffer.data for buffer in slots], start, count, cache.stored_length + count)
@@ -113,13 +103,16 @@ def evict_at_once(
 def encode_group(
     cache: PTECache,
     name: str,
-    group: Encoders,
+    group: Layers,
     start: int,
     count: int,
     positions: KeyPositions,
     valid: torch.Tensor | None,
 ) -> None:
-    """Encode and read for layers that share a rule and a rotation."""
+    """Encode and read for layers that share a rule and a rotation.
+
+    Q and S_0 are computed anew, in a few launches for all layers: parameters may have changed since the last eviction.
+    """
     layers = [cache.layers[attention.layer_idx] for attention, _ in group]
     gone = [
         Evicted(
@@ -127,18 +120,10 @@ def encode_group(
         )
         for layer in layers
     ]
-    first = group[0][1]
-    rule = first.pte_rule[name]
+    stack = StackedEncoders.create(name, group)
     cores = torch.stack([layer.cores[name] for layer in layers])
-    with first.full_precision():
-        if rule.update != "none":
-            cores = write_layers(name, cores, group, gone)
-        if rule.norm == "write":
-            states = cores
-        elif rule.update == "none":
-            states = torch.stack([encoder.read(name, core) for (_, encoder), core in zip(group, cores)])
-        else:
-            query, initial = zip(*(encoder.reading(name) for _, encoder in group))
-            states = read_layers(rule, cores, torch.stack(query), torch.stack(initial)[:, None])
-    for layer, core, state in zip(layers, cores, states):
+    if stack.rule.update != "none":
+        with group[0][1].full_precision():
+            cores = write_layers(name, cores, group, gone, stack.reading.query)
+    for layer, core, state in zip(layers, cores, stack.read(cores)):
         layer.cores[name], layer.states[name] = core, state

@@ -1,0 +1,88 @@
+"""How many operations evictions and training take: bounds for what a small model's speed hangs on, its launches.
+
+Kernels are not run here, only counted: how many there are does not depend on values.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from models import decode, tiny_model, with_adapter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_pte.cache.eviction import evict
+from peft_pte.families import find_decoder
+from peft_pte_kernels import cache_ops, encode_ops, logprobs_ops, low_rank_ops, state_ops
+
+# They launch nothing: other views of the same memory, and memory as it comes.
+VIEWS = (
+    *("view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t"),
+    *("detach", "alias", "narrow", "unbind", "split", "as_strided", "empty", "new_empty", "empty_like"),
+)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched: operations of PyTorch without views, and kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch: Counter[str] = Counter()
+        self.kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        namespace, name = func.name().split("::")
+        name = name.partition(".")[0]
+        if namespace == "aten" and name not in VIEWS:  # what an op of ours does inside is not seen, its kernels are
+            self.torch[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        self.kernels += 1
+
+
+@contextmanager
+def counted() -> Iterator[Operations]:
+    """Count the operations of a block, in which kernels leave their results as they are."""
+    modules = (cache_ops, encode_ops, logprobs_ops, low_rank_ops, state_ops)
+    with ExitStack() as stack, Operations() as found:
+        for module in modules:
+            stack.enter_context(patch.object(module, "launch", found.launch))
+        yield found
+
+
+def eviction(num_layers: int, **config: Any) -> Operations:
+    """The second eviction of a cache."""
+    base = tiny_model("llama", torch.float32, num_hidden_layers=num_layers)
+    model = with_adapter(base, window_size=4, eviction_ratio=0.5, **config)
+    ids = torch.randint(3, 61, (2, 5 + 4 + 2), generator=torch.Generator().manual_seed(0))
+    _, cache = decode(model, ids, None, [5, 6])
+    assert cache.num_evicted == [2, 2]
+    with torch.no_grad(), counted() as found:
+        evict(cache, None, find_decoder(model))
+    assert cache.num_evicted == [4, 4]
+    return found
+
+
+@pytest.mark.parametrize(
+    "config, most, kernels",
+    [
+        (dict(), 30, 4),
+        (dict(state_update="sum"), 24, 4),
+        (dict(state_update="sum", state_norm="write"), 26, 4),
+        (dict(state_update="none"), 18, 1),
+        (dict(num_global_tokens=0), 22, 4),
+    ],
+)
+def test_an_eviction_takes_as_many_operations_for_any_number_of_layers(
+    config: dict[str, Any], most: int, kernels: int
+) -> None:
+    few, many = eviction(2, **config), eviction(5, **config)
+    assert many.torch == few.torch
+    assert few.kernels == many.kernels == kernels
+    assert few.torch.total() <= most, few.torch
