@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import tiny_model, with_adapter
+from test_policy import Case, cases, right_padded
+from test_training import assert_same, gradients, loss_of
 
+from peft_pte import PTEConfig, sequence_logprobs
 from peft_pte.families import attention_modules, find_decoder
 from peft_pte.stacked import encoders_of, has_gathered_encoders, stack_encoders, stacked_reading
 
@@ -75,3 +81,45 @@ def test_parameters_that_are_gathered_are_noticed() -> None:
     weight = encoder.pte_query["default"]._parameters.pop("weight")
     encoder.pte_query["default"].weight = weight.detach()
     assert has_gathered_encoders(decoder)
+
+
+def two_adapters(case: Case, **training: Any) -> torch.nn.Module:
+    """Active together: the second has another rank and rule, and is in one of the layers only."""
+    model = with_adapter(tiny_model(case.family, seed=case.seed), **case.config, **training)
+    config = case.config | training | dict(state_update="sum", state_norm="read", r=4, num_global_tokens=2)
+    config |= dict(layers_to_transform=[1], init_weights=False)
+    model.add_adapter("second", PTEConfig(task_type="CAUSAL_LM", **config))
+    model.base_model.set_adapter(["default", "second"])
+    return model.train()
+
+
+@settings(max_examples=40)
+@given(
+    case=cases(),
+    training=st.sampled_from([dict(), dict(checkpointing=True), dict(gradient="truncated"), dict(offload=True)]),
+    piece=st.sampled_from([1, 3, 128]),
+    head=st.booleans(),
+)
+def test_training_with_all_layers_together_equals_each_on_its_own(
+    case: Case, training: dict[str, Any], piece: int, head: bool
+) -> None:
+    """Of two adapters, with their Q and S_0 read in all segments, recomputed ones too: values and all gradients."""
+    options = {name: value for name, value in training.items() if name != "checkpointing"}
+    model = two_adapters(case, **options)
+    if training.keys() & {"checkpointing", "offload"}:
+        model.gradient_checkpointing_enable()
+    found = []
+    for alone in (True, False):
+        with (
+            patch("peft_pte.replay.replay.SHORTEST_PIECE", piece),
+            patch("peft_pte.replay.replay.has_gathered_encoders", return_value=alone),
+        ):
+            ids, mask = right_padded(case)
+            value = sequence_logprobs(model, ids, mask, case.prompts)[0].sum() if head else loss_of(case, model)
+            found.append((value.detach(), gradients(model, value)))
+    (expected, expected_gradients), (actual, actual_gradients) = found
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    for name in actual_gradients.keys() - expected_gradients.keys():  # zero instead of none
+        assert not actual_gradients.pop(name).any()
+    if expected_gradients:
+        assert_same(actual_gradients, expected_gradients)

@@ -21,6 +21,7 @@ from ..cache.schedule import Schedule, Segment, stored_columns
 from ..compiling import decides, uncompiled
 from ..config import CachePolicy
 from ..host import CACHE_NAMES
+from ..stacked import StackedEncoders, has_gathered_encoders, stack_encoders
 from .heads import Head, as_output, needed_columns, num_chunks
 from .layout import Layout
 from .segments import Gone, LayerPast, Stored, checkpoints_layers, embedded_rows, run_checkpointed, run_segment
@@ -74,10 +75,14 @@ class Replay:
         segment: Segment,
         past: list[LayerPast],
         gone: Gone | None,
+        stacks: list[StackedEncoders] | None,
         checkpointed: bool,
         embeds: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPast:
-        """Compute one segment and add it to the past. `gone` is encoded first; `embeds` replaces its input."""
+        """Compute one segment and add it to the past. `gone` is encoded first; `embeds` replaces its input.
+
+        `stacks`: what encodes and reads for all layers together; None: each layer on its own.
+        """
         start, end = segment.start, segment.end
         mask, prefix = self.mask, self.layout.prefix
         if mask is not None:
@@ -97,7 +102,7 @@ class Replay:
             head = functools.partial(head, targets=targets, needed=self.needed[:, start:end])
         seen = [(layer.prefix + layer.thoughts, layer.cores) for layer in past]
         run = run_checkpointed if checkpointed else run_segment
-        output, new, cores = run(self.decoder, self.forward, head, seen, gone, start, kwargs)
+        output, new, cores = run(self.decoder, self.forward, head, seen, gone, stacks, start, kwargs)
         for layer, (keys, values), new_cores in zip(past, new, cores):
             layer.add(keys, values, start, prefix, self.schedule.num_evicted)
             layer.cores = {name: Stored(core) for name, core in new_cores.items()}
@@ -111,6 +116,8 @@ class Replay:
         moved to host memory, from where a recomputed segment gets it.
         """
         past, outputs = self.new_past(), []
+        # Q and S_0 once for all segments. Recomputed segments find them among their arguments.
+        stacks = None if has_gathered_encoders(self.decoder) else stack_encoders(self.decoder)
         missing = self.agree()
         for segment in self.segments():
             if truncated and segment.evict:
@@ -118,7 +125,7 @@ class Replay:
                     layer.detach()
             gone = self.take_evicted(past, segment) if segment.evict else None
             old_cores = [core for layer in past for core in layer.cores.values()]
-            outputs.append(self.run(segment, past, gone, checkpointed))
+            outputs.append(self.run(segment, past, gone, stacks, checkpointed))
             if offload:
                 for core in old_cores:
                     core.to_host()
@@ -158,7 +165,7 @@ class Replay:
         if head is not None:
             nothing = torch.zeros_like(self.positions[:1, :1])
             head = functools.partial(head, targets=nothing, needed=nothing.bool())
-        output = run(self.decoder, self.forward, head, past, None, 0, kwargs).output
+        output = run(self.decoder, self.forward, head, past, None, None, 0, kwargs).output
         return (output.last_hidden_state if head is None else output.hidden_states[0])[..., :0].sum()
 
 
@@ -235,7 +242,8 @@ def replay(
     )
     embeds = run.inputs.get("inputs_embeds")
     trains = bool(parameters) or (embeds is not None and embeds.requires_grad)
-    if truncated and trains and sum(1 for _ in run.groups()) > 1 and not is_sharded(parameters):
+    sharded = is_sharded(parameters) or has_gathered_encoders(decoder)
+    if truncated and trains and sum(1 for _ in run.groups()) > 1 and not sharded:
         *results, first_column = TruncatedReplay.apply(run, embeds, *parameters)
         if head is not None:
             outputs = [BaseModelOutputWithPast(last_hidden_state=first_column, hidden_states=tuple(results))]

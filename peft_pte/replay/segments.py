@@ -19,6 +19,7 @@ from ..compiling import decides, uncompiled
 from ..encoder import Evicted, ThoughtEncoder
 from ..host import call_with_cache, set_cache
 from ..rotary import KeyPositions
+from ..stacked import StackedEncoders
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,6 +83,9 @@ class Gone(NamedTuple):
     def of_layer(self, index: int, key_positions: KeyPositions) -> Evicted:
         return Evicted(*joined(self.pieces[index]), key_positions, self.valid)
 
+    def of_layers(self, indices: list[int], key_positions: KeyPositions) -> list[Evicted]:
+        return [self.of_layer(index, key_positions) for index in indices]
+
     def to_host(self) -> None:
         for pieces in self.pieces:
             for piece in pieces:
@@ -131,7 +135,10 @@ class LayerPast:
 
 
 class SegmentLayer(CacheLayerMixin):
-    """A throw-away view of the past for one segment; `update` never changes the past."""
+    """A throw-away view of the past for one segment; `update` never changes the past.
+
+    Its cores and states are computed when the attention module asks for them, if they are not there already.
+    """
 
     is_compileable = False
     is_croppable = False
@@ -143,6 +150,7 @@ class SegmentLayer(CacheLayerMixin):
         self.stored_length = sum(piece.keys.shape[-2] for piece in pieces)
         self.new: tuple[torch.Tensor, torch.Tensor] | None = None
         self.new_cores: dict[str, torch.Tensor] = {}
+        self.states: dict[str, torch.Tensor] | None = None
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -156,6 +164,8 @@ class SegmentLayer(CacheLayerMixin):
 
     def states_for(self, encoder: ThoughtEncoder, attention: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
         """As `PTECacheLayer.states_for`."""
+        if self.states is not None:
+            return self.states
         cores = {name: core.load() for name, core in self.cores.items()}
         evicted = self.evicted() if self.evicted is not None else None
         self.new_cores = encoder.advance(cores, attention, evicted, batch_size)
@@ -178,6 +188,21 @@ class SegmentCache(Cache):
         return self.layers[layer_idx].stored_length
 
 
+@uncompiled
+def set_states(layers: list[SegmentLayer], gone: Gone | None, stacks: list[StackedEncoders], batch_size: int) -> None:
+    """Encode what is gone and read, for all layers together."""
+    positions = None if gone is None else gone.key_positions()
+    for layer in layers:
+        layer.states = {}
+    for stack in stacks:
+        here, name = [layers[index] for index in stack.indices], stack.name
+        old = [layer.cores[name].load() for layer in here if name in layer.cores]
+        evicted = None if gone is None else gone.of_layers(stack.indices, positions)
+        cores = stack.advance(torch.stack(old) if old else None, evicted, batch_size)
+        for layer, core, state in zip(here, cores, stack.read(cores)):
+            layer.new_cores[name], layer.states[name] = core, state
+
+
 class Result(NamedTuple):
     """What a segment gives: the decoder's output, or the head's `(logprobs, entropy)` as its `hidden_states`; the
     segment's keys and values, and the cores after it, by layer."""
@@ -194,15 +219,21 @@ def run_segment(
     head: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
     past: list[tuple[list[Piece], Cores]],
     gone: Gone | None,
+    stacks: list[StackedEncoders] | None,
     num_seen: int,
     kwargs: dict[str, Any],
 ) -> Result:
-    """Compute one segment of `num_seen` seen tokens from the past; a second call gives the same."""
+    """Compute one segment of `num_seen` seen tokens from the past; a second call gives the same.
+
+    `stacks`: compute the states of all layers before the first one; None: each layer does when it is called.
+    """
     evicted: list[Callable[[], Evicted] | None] = [None] * len(past)
-    if gone is not None:
+    if gone is not None and stacks is None:
         positions = gone.key_positions()
         evicted = [lambda index=index: gone.of_layer(index, positions) for index in range(len(past))]
     layers = [SegmentLayer(*layer, gone_here, num_seen) for layer, gone_here in zip(past, evicted)]
+    if stacks is not None:
+        set_states(layers, gone, stacks, kwargs["position_ids"].shape[0])
     with layer_checkpointing_off(decoder):
         if "input_ids" in kwargs:
             kwargs = {**kwargs, "inputs_embeds": embedded(decoder, kwargs["input_ids"])}

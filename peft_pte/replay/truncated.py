@@ -23,11 +23,9 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..cache.schedule import Segment
-from ..encoder import ENCODER_NAME, ThoughtEncoder
-from ..families import attention_modules
-from ..rotary import KeyPositions
+from ..stacked import StackedEncoders, encoders_of, stack_encoders
 from .heads import Head
-from .segments import Cores, Gone, LayerPast, Stored
+from .segments import Gone, LayerPast, Stored
 
 
 class Run(Protocol):
@@ -49,6 +47,7 @@ class Run(Protocol):
         segment: Segment,
         past: list[LayerPast],
         gone: Gone | None,
+        stacks: list[StackedEncoders] | None,
         checkpointed: bool,
         embeds: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPast: ...
@@ -82,9 +81,9 @@ class Total:
         """Backpropagate; the gradients of `others` are returned (zero where there is none) and not summed."""
         # The loss does not depend on all outputs, nor do all of them (embeddings, say) on something that is trained.
         used = [(x, gradient) for x, gradient in zip(outputs, gradients) if gradient is not None and x.requires_grad]
-        outputs, gradients = zip(*used)
+        outputs, gradients = zip(*used) if used else ((), ())
         # Outside of the forward's autocast, as `loss.backward()` is, which would round the products of a backward pass.
-        with torch.autocast(outputs[0].device.type, enabled=False):
+        with torch.autocast((*outputs, *others, *tensors)[0].device.type, enabled=False):
             found = torch.autograd.grad(outputs, [*tensors, *others], gradients, allow_unused=True)
         for tensor, gradient in zip(tensors, found):
             if gradient is not None:
@@ -96,65 +95,56 @@ class Total:
 class Chain:
     """The cores of all layers from eviction to eviction, computed without a graph, and their gradients.
 
-    Equivalent to `ThoughtEncoder.advance` under autograd. Encoders are called here and not in the attention modules'
+    Equivalent to `ThoughtEncoder.advance` under autograd. Encoders are used here and not in the attention modules'
     hooks, which is why sharded parameters are left to ordinary autograd.
     """
 
-    def __init__(self, decoder: nn.Module, batch_size: int):
-        self.batch_size = batch_size
-        attentions = sorted(attention_modules(decoder).values(), key=lambda module: module.layer_idx)
-        self.attentions: list[nn.Module] = attentions
-        self.encoders: list[ThoughtEncoder | None] = [getattr(module, ENCODER_NAME, None) for module in attentions]
-        self.steps: list[tuple[Gone | None, list[Cores]]] = []  # what each group's cores were made of
-        self.wanted: list[list[Cores]] = []  # the gradients of each group's cores
+    def __init__(self, stacks: list[StackedEncoders], batch_size: int):
+        self.stacks, self.batch_size = stacks, batch_size
+        self.cores: list[Stored] | None = None  # of each stack, in the latest group
+        self.steps: list[tuple[Gone | None, list[Stored] | None]] = []  # what each group's cores were made of
+        self.wanted: list[list[Stored]] = []  # the gradients of each group's cores
 
-    def advance(
-        self, layer: int, cores: dict[str, torch.Tensor], gone: Gone | None, positions: KeyPositions | None
-    ) -> dict[str, torch.Tensor]:
-        """As the hooks of the attention module do before a segment."""
-        encoder = self.encoders[layer]
-        if encoder is None:
-            return {}
-        evicted = None if gone is None else gone.of_layer(layer, positions)
-        return encoder.advance(cores, self.attentions[layer], evicted, self.batch_size)
+    def advance(self, number: int, cores: torch.Tensor | None, gone: Gone | None) -> torch.Tensor:
+        """The cores of one stack, as they are computed before a segment."""
+        stack = self.stacks[number]
+        evicted = None if gone is None else gone.of_layers(stack.indices, gone.key_positions())
+        return stack.advance(cores, evicted, self.batch_size)
 
     def step(self, past: list[LayerPast], gone: Gone | None) -> list[torch.Tensor]:
-        """Carry the cores of the past on, as leaves of a new graph; returns them in the order of `finish_step`."""
-        old = [layer.cores for layer in past]
-        positions = None if gone is None else gone.key_positions()
-        for index, layer in enumerate(past):
-            cores = {name: core.load() for name, core in layer.cores.items()}
+        """Carry the cores of the past on, as leaves of a new graph, which are returned."""
+        old, leaves = self.cores, []
+        for number, stack in enumerate(self.stacks):
             with torch.no_grad():
-                new = self.advance(index, cores, gone, positions)
-            layer.cores = {name: Stored(core.detach().requires_grad_()) for name, core in new.items()}
+                new = self.advance(number, None if old is None else old[number].load(), gone)
+            leaves.append(new.detach().requires_grad_())
+            with torch.enable_grad():
+                for index, core in zip(stack.indices, leaves[-1]):
+                    past[index].cores[stack.name] = Stored(core)
+        self.cores = [Stored(leaf.detach()) for leaf in leaves]
         self.steps.append((gone, old))
-        return [core.load() for layer in past for core in layer.cores.values()]
+        return leaves
 
-    def finish_step(self, past: list[LayerPast], gradients: list[torch.Tensor]) -> None:
+    def finish_step(self, gradients: list[torch.Tensor]) -> None:
         """Note the gradients of the cores that `step` has returned, and move to host memory what waits."""
-        remaining = iter(gradients)
-        self.wanted.append([{name: Stored(next(remaining)) for name in layer.cores} for layer in past])
+        self.wanted.append([Stored(gradient) for gradient in gradients])
         gone, old = self.steps[-1]
-        for cores in (*old, *self.wanted[-1]):
-            for core in cores.values():
-                core.to_host()
-        if gone is not None:
-            gone.to_host()
+        for waiting in (*(old or ()), *self.wanted[-1], *(() if gone is None else (gone,))):
+            waiting.to_host()
 
     def backward(self, total: Total) -> None:
-        """Walk the chain backwards, one layer at a time, so that the graph of one write exists at once."""
-        carried: list[dict[str, torch.Tensor]] = [{} for _ in self.encoders]
+        """Walk the chain backwards."""
+        carried: list[torch.Tensor | int] = [0] * len(self.stacks)
         for (gone, old), wanted in zip(reversed(self.steps), reversed(self.wanted)):
-            positions = None if gone is None else gone.key_positions()
-            for layer, encoder in enumerate(self.encoders):
+            for number, stack in enumerate(self.stacks):
                 with torch.enable_grad():
-                    leaves = {name: core.load().detach().requires_grad_() for name, core in old[layer].items()}
-                    new = self.advance(layer, leaves, gone, positions)
-                if any(core.requires_grad for core in new.values()):  # else they have just started, as constants
-                    parameters = [p for p in encoder.parameters() if p.requires_grad]
-                    gradients = [wanted[layer][name].load() + carried[layer].get(name, 0) for name in new]
-                    found = total.add(list(new.values()), gradients, parameters, list(leaves.values()))
-                    carried[layer] = dict(zip(leaves, found))
+                    leaf = None if old is None else old[number].load().detach().requires_grad_()
+                    new = self.advance(number, leaf, gone)
+                if new.requires_grad:  # else they have just started, as constants
+                    gradient = wanted[number].load() + carried[number]
+                    leaves = [] if leaf is None else [leaf]
+                    found = total.add([new], [gradient], stack.reading_and_parameters(), leaves)
+                    carried[number] = found[0] if found else 0
 
 
 class Surroundings:
@@ -217,7 +207,11 @@ class TruncatedReplay(torch.autograd.Function):
         total, embeds_gradients = Total(), []
         with ctx.surroundings.restored():
             past = run.new_past()
-            chain = Chain(run.decoder, run.positions.shape[0])
+            with torch.enable_grad():
+                stacks = stack_encoders(run.decoder)
+            leaves = [stack.as_leaves() for stack in stacks]
+            readings = [x for stack in leaves for x in stack.reading if x.requires_grad]
+            chain = Chain(leaves, run.positions.shape[0])
             for group in run.groups():
                 columns = slice(group[0].start, group[-1].end)
                 sizes = [segment.end - segment.start for segment in group]
@@ -229,19 +223,25 @@ class TruncatedReplay(torch.autograd.Function):
                 if ctx.needs_input_grad[1]:
                     embeds = run.inputs["inputs_embeds"][:, columns].detach().requires_grad_()
                     others.append(embeds)
+                parts = repeat(None) if embeds is None else embeds.split(sizes, dim=1)
                 with torch.set_grad_enabled(needed):
                     outputs = [
-                        results_of(run.run(segment, past, None, needed and len(group) > 1, part), of_head)[: len(own)]
-                        for segment, part in zip(group, repeat(None) if embeds is None else embeds.split(sizes, dim=1))
+                        run.run(segment, past, None, leaves, needed and len(group) > 1, part)
+                        for segment, part in zip(group, parts)
                     ]
-                    joined = [torch.cat(parts, dim=1) for parts in zip(*outputs)]
-                found = total.add(joined, own, parameters, others) if needed else [torch.zeros_like(x) for x in others]
-                del outputs, joined  # the graph, and with it all activations of the group
+                    results = zip(*(results_of(output, of_head)[: len(own)] for output in outputs))
+                    joined = [torch.cat(parts, dim=1) for parts in results]
+                tensors = [*parameters, *readings]
+                found = total.add(joined, own, tensors, others) if needed else [torch.zeros_like(x) for x in others]
+                del outputs, results, joined  # the graph, and with it all activations of the group
                 for layer in past:
                     layer.detach()
-                chain.finish_step(past, found[: len(cores)])
+                chain.finish_step(found[: len(cores)])
                 embeds_gradients.extend(found[len(cores) :])
             chain.backward(total)
+            # What has come together at Q and S_0, of all groups, goes on to what they were computed from.
+            roots = [x for stack in stacks for x in stack.reading if x.requires_grad]
+            total.add(roots, [total.gradients.get(leaf) for leaf in readings], parameters, [])
         return (
             None,
             torch.cat(embeds_gradients, dim=1) if embeds_gradients else None,
@@ -251,5 +251,4 @@ class TruncatedReplay(torch.autograd.Function):
 
 def adapters_of(run: Run) -> list[tuple[str, ...]]:
     """The live adapters of each layer."""
-    encoders = (getattr(module, ENCODER_NAME, None) for module in attention_modules(run.decoder).values())
-    return [tuple(encoder.live_adapters) for encoder in encoders if encoder is not None]
+    return [tuple(encoder.live_adapters) for _, encoder in encoders_of(run.decoder)]

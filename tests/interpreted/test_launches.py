@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -86,3 +86,62 @@ def test_an_eviction_takes_as_many_operations_for_any_number_of_layers(
     assert many.torch == few.torch
     assert few.kernels == many.kernels == kernels
     assert few.torch.total() <= most, few.torch
+
+
+def training(num_layers: int, num_segments: int, adapted: bool = True, **config: Any) -> tuple[Operations, Operations]:
+    """Forward and backward pass, with segments of two tokens after the first; or those of the base model alone."""
+    model = tiny_model("llama", torch.float32, num_hidden_layers=num_layers)
+    checkpointing = config.pop("checkpointing", False)
+    if adapted:
+        model = with_adapter(model, window_size=4, eviction_ratio=0.5, **config).train()
+    else:
+        model.requires_grad_(False)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    embeds = torch.randn(2, 5 + 4 + 2 * num_segments, 32, requires_grad=True)
+    with counted() as forward:
+        logits = model(inputs_embeds=embeds, **(dict(prompt_lengths=5) if adapted else {})).logits
+    with counted() as backward:
+        logits.backward(torch.ones_like(logits))
+    return forward, backward
+
+
+class Counts(NamedTuple):
+    """Operations of PyTorch, and kernels."""
+
+    torch: float
+    kernels: float
+
+    @classmethod
+    def of(cls, operations: Operations) -> Counts:
+        return cls(operations.torch.total(), operations.kernels)
+
+
+def slope(low: Counts, high: Counts, steps: int) -> Counts:
+    return Counts(*((b - a) / steps for a, b in zip(low, high)))
+
+
+def per_layer_and_segment(**config: Any) -> tuple[Counts, Counts]:
+    """What a layer adds to what a segment adds, forward and backward."""
+
+    def per_segment(num_layers: int) -> list[Counts]:
+        few, many = (map(Counts.of, training(num_layers, number, **config)) for number in (5, 7))
+        return [slope(low, high, 2) for low, high in zip(few, many)]
+
+    return tuple(slope(low, high, 1) for low, high in zip(per_segment(2), per_segment(3)))
+
+
+@pytest.mark.parametrize("rule", [dict(), dict(state_update="sum"), dict(state_update="sum", state_norm="write")])
+@pytest.mark.parametrize("way", [dict(), dict(checkpointing=True), dict(gradient="truncated")])
+def test_training_adds_few_operations_to_those_of_the_base_model(rule: dict[str, Any], way: dict[str, Any]) -> None:
+    """In each layer and segment, where the base model has its own in each layer. Encoding and reading are not among
+    them: they are done for all layers together. Computing segments again costs no more than the first time."""
+    training(2, 5)  # finds out, once in a process, how the family rotates
+    few, many = (map(Counts.of, training(layers, 0, adapted=False)) for layers in (2, 3))
+    base_forward, base_backward = (slope(low, high, 1) for low, high in zip(few, many))
+    forward, backward = per_layer_and_segment(**rule, **way)
+    assert forward.kernels == 2  # of q, k and v, and of o
+    assert forward.torch <= base_forward.torch + 4
+    again = forward if way else Counts(0, 0)
+    assert backward.kernels == 2 + again.kernels
+    assert backward.torch <= base_backward.torch + 24 + again.torch
