@@ -77,6 +77,16 @@ def reading_of(rule: StateRule, query: torch.Tensor, *projected: torch.Tensor) -
     return Reading(unit_rows(query) if rule.update == "delta" else query, initial)
 
 
+# "cuda" and the like; None on machines that have a CPU only.
+ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", None)
+
+
+def full_precision() -> torch.autocast:
+    """States are float32 under autocast too, wherever parameters lie: they may be offloaded while autocast is not."""
+    accelerated = ACCELERATOR is not None and torch.is_autocast_enabled(ACCELERATOR)
+    return torch.autocast(ACCELERATOR if accelerated else "cpu", enabled=False)
+
+
 class StateLinear(nn.Linear):
     """A bias-free linear map computed in the state's precision whatever the dtype of weight and input."""
 
@@ -156,7 +166,9 @@ class ThoughtEncoder(nn.Module, PTELayer):
         if rule.norm == "write":
             return normalize_state(self.reading(name).initial, rule.norm_type).expand(batch_size, -1, -1)
         weight = self.pte_key[name].weight
-        return torch.zeros(batch_size, rule.r, rule.r, dtype=state_dtype(weight), device=weight.device)
+        # Offloaded weights are on `meta`, and only what a module returns is where the computation is.
+        like = self.query(name) if weight.is_meta else weight
+        return torch.zeros(batch_size, rule.r, rule.r, dtype=state_dtype(weight), device=like.device)
 
     def write(
         self,
@@ -205,7 +217,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
     ) -> dict[str, torch.Tensor]:
         """Start the cores of the live adapters, or carry them on: by adapter name, each [B, r, r]."""
         advanced = {}
-        with self.full_precision():
+        with full_precision():
             for name in self.live_adapters:
                 core = cores.get(name)
                 if core is None:
@@ -221,7 +233,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
 
     def read_all(self, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The states of the live adapters by name, each [B, r, r]."""
-        with self.full_precision():
+        with full_precision():
             states = {name: self.read(name, cores[name]) for name in self.live_adapters}
             if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
                 states = {name: state + self.touch(name) for name, state in states.items()}
@@ -256,10 +268,6 @@ class ThoughtEncoder(nn.Module, PTELayer):
             empty = torch.cat([empty, self.pte_global_tokens[name]()[:0]])
         linears = (self.pte_query[name], self.pte_key[name], self.pte_value[name])
         return sum(linear(empty).sum() for linear in linears)
-
-    def full_precision(self) -> torch.autocast:
-        """States are float32 under autocast too."""
-        return torch.autocast(device_of(self._anchor[0]).type, enabled=False)
 
     def forward(self) -> None:
         """Not used: the encoder is called through `advance` by the attention module's hooks."""

@@ -28,6 +28,17 @@ def refuse_merge(*args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(NOT_MERGEABLE)
 
 
+def is_gathered(module: nn.Module) -> bool:
+    """Whether the weight is there, and where it is computed with, only while the module is called, or may be.
+
+    FSDP, ZeRO-3, accelerate's offloading (weights on `meta`, fetched by a `forward` of its own), somebody's wrapper.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.is_meta or "forward" in vars(module):
+        return True
+    return any(hasattr(weight, mark) for mark in ("full_tensor", "_fsdp_flattened", "ds_id"))
+
+
 def is_fused(modules: Sequence[nn.Module], *tensors: torch.Tensor, rank: int) -> bool:
     """Whether a Triton kernel computes on these tensors and on the weights of `modules`, which it reads as they lie.
 
@@ -37,16 +48,13 @@ def is_fused(modules: Sequence[nn.Module], *tensors: torch.Tensor, rank: int) ->
     Raises:
         ValueError: `PTE_KERNELS=triton` asks for kernels that cannot be used.
     """
-    weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
-    gathered = len(weights) < len(modules) or any(
-        hasattr(weight, name) for weight in weights for name in ("full_tensor", "ds_id")
-    )
+    gathered = not all(isinstance(module, nn.Linear) and not is_gathered(module) for module in modules)
     if gathered and dispatch.MODE == "triton":
         raise ValueError(
-            "PTE_KERNELS=triton was asked for, but the adapter's weights are sharded or wrapped, so that they are "
-            "there only while their module is called. Set PTE_KERNELS=auto."
+            "PTE_KERNELS=triton was asked for, but the adapter's weights are sharded, offloaded or wrapped, so that "
+            "they are there only while their module is called. Set PTE_KERNELS=auto."
         )
-    return not gathered and dispatch.uses_triton(*tensors, *weights, rank=rank)
+    return not gathered and dispatch.uses_triton(*tensors, *(module.weight for module in modules), rank=rank)
 
 
 def widths_of(layer: nn.Module) -> tuple[int, int] | None:
@@ -65,9 +73,14 @@ def widths_of(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where a linear layer computes; quantised weights have names of their own, and some are buffers."""
+    """Where a linear layer computes; quantised weights have names of their own, and some are buffers.
+
+    A weight that accelerate has offloaded is on `meta` until the layer is called.
+    """
     tensor = getattr(layer, "weight", None)
-    return next(chain(layer.parameters(), layer.buffers())).device if tensor is None else tensor.device
+    device = next(chain(layer.parameters(), layer.buffers())).device if tensor is None else tensor.device
+    execution_device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return torch.device(execution_device) if device.type == "meta" and execution_device is not None else device
 
 
 class PTELayer(BaseTunerLayer):

@@ -27,11 +27,12 @@ STYLES: dict[tuple[Callable[..., object], type], Style | None] = {}
 
 
 @torch.no_grad()
-def style_of(rotation: Callable[..., tuple[torch.Tensor, torch.Tensor]], rotary_emb: nn.Module) -> Style | None:
+def style_of(
+    rotation: Callable[..., tuple[torch.Tensor, torch.Tensor]], rotary_emb: nn.Module, device: torch.device
+) -> Style | None:
     """How this function rotates with the tables of this module, found by trying; None if as none of the known ones."""
     key = (rotation, type(rotary_emb))
     if key not in STYLES:
-        device = next((buffer.device for buffer in rotary_emb.buffers()), None)
         positions = torch.arange(1, 4, device=device)[None]
         tables = rotary_emb(torch.empty(0, dtype=torch.float64, device=device), position_ids=positions)
         rotary_dim = tables[0].shape[-1]
@@ -80,7 +81,7 @@ class KeyPositions:
         """
         if not self._rotates(attention, encode_keys):
             return None
-        style = style_of(rotation_of(attention), self.rotary_emb)
+        style = style_of(rotation_of(attention), self.rotary_emb, self.positions.device)
         if style is None:
             raise LookupError(f"{type(attention).__name__} rotates in a way of its own.")
         interleaved, columns = style

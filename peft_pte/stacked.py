@@ -24,11 +24,13 @@ from .encoder import (
     StateRule,
     ThoughtEncoder,
     TokenTable,
+    full_precision,
     read_layers,
     reading_of,
     state_dtype,
     write_layers,
 )
+from .layer import is_gathered
 
 Layers = list[tuple[nn.Module, ThoughtEncoder]]  # attention modules with their encoders
 
@@ -46,13 +48,6 @@ def encoders_of(decoder: nn.Module) -> Layers:
     return found
 
 
-def is_gathered(module: nn.Module) -> bool:
-    """Whether the weight is there only while the module is called, or may be: FSDP, ZeRO-3, somebody's wrapper."""
-    weight = getattr(module, "weight", None)
-    marks = ("full_tensor", "_fsdp_flattened", "ds_id")
-    return not isinstance(weight, nn.Parameter) or any(hasattr(weight, mark) for mark in marks)
-
-
 def can_stack(modules: list[nn.Module]) -> bool:
     """Whether a call of these modules is nothing but a product with their weights, which are alike."""
     first = modules[0].weight
@@ -60,7 +55,7 @@ def can_stack(modules: list[nn.Module]) -> bool:
         type(module) in (StateLinear, TokenTable)
         and not module._forward_pre_hooks
         and not module._forward_hooks
-        and "forward" not in vars(module)  # accelerate brings weights from elsewhere in one of its own
+        and not is_gathered(module)
         and (module.weight.shape, module.weight.dtype, module.weight.device) == (first.shape, first.dtype, first.device)
         for module in modules
     )
@@ -101,7 +96,7 @@ class StackedEncoders(NamedTuple):
     @classmethod
     @uncompiled
     def create(cls, name: str, layers: Layers) -> StackedEncoders:
-        with layers[0][1].full_precision():
+        with full_precision():
             return cls(name, layers, stacked_reading(name, [encoder for _, encoder in layers]))
 
     @property
@@ -130,7 +125,7 @@ class StackedEncoders(NamedTuple):
     @uncompiled
     def advance(self, cores: torch.Tensor | None, evicted: list[Evicted] | None, batch_size: int) -> torch.Tensor:
         """As `ThoughtEncoder.advance`: start cores, or carry them on, [L, B, r, r]; `evicted`: of each layer."""
-        with self.layers[0][1].full_precision():
+        with full_precision():
             cores = self.start(batch_size) if cores is None else cores
             if evicted is None or self.rule.update == "none":
                 return cores
@@ -145,7 +140,7 @@ class StackedEncoders(NamedTuple):
     @uncompiled
     def read(self, cores: torch.Tensor) -> torch.Tensor:
         """As `ThoughtEncoder.read`: [L, B, r, r] -> [L, B, r, r]."""
-        with self.layers[0][1].full_precision():
+        with full_precision():
             return read_layers(self.rule, cores, self.reading)
 
 

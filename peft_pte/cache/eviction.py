@@ -9,7 +9,7 @@ import peft_pte_kernels
 from peft_pte_kernels import dispatch
 
 from ..compiling import uncompiled
-from ..encoder import Evicted, write_layers
+from ..encoder import Evicted, full_precision, write_layers
 from ..rotary import KeyPositions
 from ..stacked import Layers, StackedEncoders, encoders_of, grouped
 from .cache import PTECache
@@ -123,7 +123,7 @@ def encode_group(
     stack = StackedEncoders.create(name, group)
     cores = torch.stack([layer.cores[name] for layer in layers])
     if stack.rule.update != "none":
-        with group[0][1].full_precision():
+        with full_precision():
             cores = write_layers(name, cores, group, gone, stack.reading.query)
     for layer, core, state in zip(layers, cores, stack.read(cores)):
         layer.cores[name], layer.states[name] = core, state
