@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from packaging.version import Version
 from torch import nn
 from transformers.cache_utils import Cache
@@ -58,6 +59,13 @@ def versions() -> str:
         f"{name} {installed_version(name) or '(unknown)'} (tried: {oldest} to {NEWEST_TRIED[name]})"
         for name, oldest in OLDEST.items()
     )
+
+
+@dataclass
+class DecoderOutput(BaseModelOutputWithPast):
+    """What a decoder returns, of any family: mixtures of experts ask theirs for router logits."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 def cache_name_of(output_class: type) -> str | None:

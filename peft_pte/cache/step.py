@@ -24,7 +24,7 @@ from peft_pte_kernels import decode_attention
 
 from ..encoder import ENCODER_NAME, ThoughtEncoder
 from ..families import attention_modules
-from ..host import call_with_cache
+from ..host import DecoderOutput, call_with_cache
 from .cache import PTECache
 from .slots import SlotBuffer
 from .snapshot import Snapshot, Trial, Unsupported, refuse_model, refuse_old_torch
@@ -307,7 +307,7 @@ class DecodeStep:
         for layer in cache.layers:
             layer.note_stored(1)
         # A copy, because the next replay writes to the same memory.
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden_states.clone())
+        return DecoderOutput(last_hidden_state=self.hidden_states.clone())
 
 
 def forget_workspaces() -> None:

@@ -18,7 +18,7 @@ from ..cache.eviction import evict
 from ..cache.graph import replayed_step
 from ..compiling import decides, uncompiled
 from ..config import CachePolicy
-from ..host import cache_in, call_with_cache, set_cache, take_cache
+from ..host import DecoderOutput, cache_in, call_with_cache, set_cache, take_cache
 from ..replay.heads import Head, as_output, current_head, current_hidden, needed_columns, num_chunks, token_logprobs
 from ..replay.replay import agreed_maximum, join_outputs, replay
 from ..replay.segments import embedded_rows, layer_checkpointing_off
@@ -30,7 +30,7 @@ from .calls import TURN_STREAMS, Facts, decide
 def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward under the bounded cache: with a cache, step by step; without, as a replay."""
     if current_hidden.get() is not None:  # a head asks the top model for the logits of these
-        return BaseModelOutputWithPast(last_hidden_state=current_hidden.get())
+        return DecoderOutput(last_hidden_state=current_hidden.get())
     kwargs = named_arguments(type(decoder).forward, args, kwargs)
     attachment = decoder.pte_attachment
     policy, adapters = attachment.active()

@@ -15,6 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import peft_pte_kernels
 
+from ..host import DecoderOutput
+
 # Tokens (of all rows together) whose logits exist at the same time.
 CHUNK_TOKENS = 1024
 
@@ -127,7 +129,7 @@ def as_output(hidden_states: torch.Tensor, logprobs: torch.Tensor, entropy: torc
     column before their token and move one to the right here.
     """
     logprobs, entropy = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (logprobs, entropy))
-    return BaseModelOutputWithPast(last_hidden_state=hidden_states[:, :1], hidden_states=(logprobs, entropy))
+    return DecoderOutput(last_hidden_state=hidden_states[:, :1], hidden_states=(logprobs, entropy))
 
 
 def sequence_logprobs(

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..cache.schedule import Schedule, Segment, stored_columns
 from ..compiling import decides, uncompiled
 from ..config import CachePolicy
-from ..host import CACHE_NAMES
+from ..host import CACHE_NAMES, DecoderOutput
 from ..stacked import StackedEncoders, has_gathered_encoders, stack_encoders
 from .heads import Head, as_output, needed_columns, num_chunks
 from .layout import Layout
@@ -244,12 +244,17 @@ def replay(
     trains = bool(parameters) or (embeds is not None and embeds.requires_grad)
     sharded = is_sharded(parameters) or has_gathered_encoders(decoder)
     if truncated and trains and sum(1 for _ in run.groups()) > 1 and not sharded:
+        if head is None and kwargs.get("output_router_logits", getattr(decoder.config, "output_router_logits", False)):
+            raise ValueError(
+                "PTEConfig: `gradient` is 'truncated', but router logits were asked for (`output_router_logits`), "
+                "whose auxiliary loss would have no gradient. Switch them off, or use gradient='full'."
+            )
         *results, first_column = TruncatedReplay.apply(run, embeds, *parameters)
         if head is not None:
-            outputs = [BaseModelOutputWithPast(last_hidden_state=first_column, hidden_states=tuple(results))]
+            outputs = [DecoderOutput(last_hidden_state=first_column, hidden_states=tuple(results))]
         else:
             last_hidden_state, *hidden_states = results
-            outputs = [BaseModelOutputWithPast(last_hidden_state, hidden_states=tuple(hidden_states) or None)]
+            outputs = [DecoderOutput(last_hidden_state, hidden_states=tuple(hidden_states) or None)]
     else:
         outputs = run.run_all(truncated, checkpointed or truncated, offload=policy.offload or truncated)
     if head is not None:
@@ -267,7 +272,7 @@ def join_outputs(
     `restore` brings [B, T', D] back to the caller's layout.
 
     Raises:
-        ValueError: an output was asked for that has no meaning across segments (attention maps, router logits).
+        ValueError: an output was asked for that has no meaning across segments (attention maps).
     """
 
     def join(*parts: torch.Tensor) -> torch.Tensor:
@@ -282,6 +287,9 @@ def join_outputs(
             result[name] = join(*(output[name] for output in outputs))
         elif name == "hidden_states":
             result[name] = tuple(map(join, *(output[name] for output in outputs)))
+        elif name == "router_logits":  # of each layer [B q, experts]
+            split = [[x.unflatten(0, output.last_hidden_state.shape[:2]) for x in output[name]] for output in outputs]
+            result[name] = tuple(join(*parts).flatten(0, 1) for parts in zip(*split))
         elif len(outputs) == 1:
             result[name] = value
         else:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..cache.snapshot import HARMLESS_HOOKS
 from ..compiling import decides, uncompiled
 from ..encoder import Evicted, ThoughtEncoder
-from ..host import call_with_cache, set_cache
+from ..host import DecoderOutput, call_with_cache, set_cache
 from ..rotary import KeyPositions
 from ..stacked import StackedEncoders
 
@@ -244,7 +244,7 @@ def run_segment(
         hidden_states = output.last_hidden_state
         # A clone, because a slice would keep the hidden states of the whole segment alive.
         first_column = hidden_states[:, :1].clone()
-        output = BaseModelOutputWithPast(last_hidden_state=first_column, hidden_states=head(hidden_states))
+        output = DecoderOutput(last_hidden_state=first_column, hidden_states=head(hidden_states))
     return Result(output, [layer.new for layer in layers], [layer.new_cores for layer in layers])
 
 
