@@ -89,6 +89,17 @@ def test_frozen_weights_and_inputs_get_no_gradient(num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5])
+def test_outputs_that_are_not_used(num_tokens: int) -> None:
+    """They have no gradient, and the others are as if they were not there."""
+    x, state = torch.randn(2, num_tokens, 24, requires_grad=True), torch.randn(2, 8, 8)
+    bases, A, B = ([torch.randn(shape) for _ in range(2)] for shape in ((2, num_tokens, 16), (16, 8), (8, 24)))
+    both = peft_pte_kernels.low_rank_update(x, bases, state, A, B, 0.5)
+    (one,) = peft_pte_kernels.low_rank_update(x, bases[1:], state, A[1:], B[1:], 0.5)
+    actual, expected = (torch.autograd.grad(output.sum(), x)[0] for output in (both[1], one))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("num_projections", [1, 3])
 def test_ops_are_registered_properly(num_tokens: int, num_projections: int) -> None:
     x, state = torch.randn(2, num_tokens, 24, requires_grad=True), torch.randn(2, 8, 8, requires_grad=True)

@@ -336,14 +336,20 @@ def fake_low_rank_backward(
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     x, bases, state, A, B, ctx.scaling = inputs
-    ctx.num_projections = len(bases)
+    ctx.num_projections, ctx.dtypes = len(bases), [base.dtype for base in bases]
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)  # else a gradient of zeros is made for z
     ctx.save_for_backward(x, output[-1], state, *A, *B)
 
 
-def backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+def backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
     x, z, state, *weights = ctx.saved_tensors
     size = ctx.num_projections
-    A, B, grads = weights[:size], weights[size:], grads[:size]
+    A, B = weights[:size], weights[size:]
+    grads = [
+        x.new_zeros(*x.shape[:-1], a.shape[0], dtype=dtype) if grad is None else grad
+        for grad, a, dtype in zip(grads, A, ctx.dtypes)
+    ]
     x_grad, state_grad, B_grad, *A_grads = low_rank_backward_op(
         grads, x, z, state, A, B, ctx.scaling, ctx.needs_input_grad[0]
     )
