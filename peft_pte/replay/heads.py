@@ -63,20 +63,28 @@ def chunk_size(batch_size: int) -> int:
     return max(1, CHUNK_TOKENS // batch_size)
 
 
+def span_of(columns: list[bool]) -> tuple[int, int]:
+    """From the first column that is True to behind the last one; (0, 0) if there is none."""
+    wanted = [column for column, is_wanted in enumerate(columns) if is_wanted]
+    return (wanted[0], wanted[-1] + 1) if wanted else (0, 0)
+
+
 def token_logprobs(
     top: nn.Module,
     temperature: float,
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
     needed: torch.Tensor,
+    span: tuple[int, int] | None = None,
     least_chunks: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `chunk_logprobs` for any number of tokens, chunk by chunk, recomputed in the backward pass.
 
-    `needed` [B, q]: columns that no row needs are left out; the result is zero where it is False. `least_chunks`: the
-    head is called at least so often, if need be for nothing.
+    `needed` [B, q]: columns that no row needs are left out at both ends; the result is zero where it is False. `span`:
+    the `span_of` that, if the host knows it, which else has to wait for the device. `least_chunks`: the head is called
+    at least so often, if need be for nothing.
     """
-    columns = needed.any(0).nonzero()[:, 0]
+    first, last = span_of(needed.any(0).tolist()) if span is None else span
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
 
     def run(chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +93,6 @@ def token_logprobs(
             return checkpoint(chunk_logprobs, *arguments, use_reentrant=False)
         return chunk_logprobs(*arguments)
 
-    first, last = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
     size = chunk_size(needed.shape[0])
     parts = [run(slice(start, min(last, start + size))) for start in range(first, last, size)]
     spare = [run(slice(0, 1))[0][:, :0].sum() for _ in range(least_chunks - len(parts))]

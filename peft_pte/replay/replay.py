@@ -22,7 +22,7 @@ from ..compiling import decides, uncompiled
 from ..config import CachePolicy
 from ..host import CACHE_NAMES, DecoderOutput
 from ..stacked import StackedEncoders, has_gathered_encoders, stack_encoders
-from .heads import Head, as_output, needed_columns, num_chunks
+from .heads import Head, as_output, needed_columns, num_chunks, span_of
 from .layout import Layout
 from .segments import Gone, LayerPast, Stored, checkpoints_layers, embedded_rows, run_checkpointed, run_segment
 from .truncated import TruncatedReplay, is_sharded
@@ -47,6 +47,7 @@ class Replay:
     positions: torch.Tensor  # [B, T']
     mask: torch.Tensor | None  # [B, T'], None: no padding
     needed: torch.Tensor | None  # [B, T'], where the head is to give a result
+    needed_by_any: list[bool]  # [T'], the columns of it in which it is for any row; here, so that no segment waits
     kwargs: dict[str, Any]
 
     def segments(self) -> Iterator[Segment]:
@@ -99,7 +100,8 @@ class Replay:
             targets = self.ids[:, start + 1 : end + 1]
             if end - start > targets.shape[1]:  # the last column, which needs no result
                 targets = torch.nn.functional.pad(targets, (0, 1))
-            head = functools.partial(head, targets=targets, needed=self.needed[:, start:end])
+            span = span_of(self.needed_by_any[start:end])
+            head = functools.partial(head, targets=targets, needed=self.needed[:, start:end], span=span)
         seen = [(layer.prefix + layer.thoughts, layer.cores) for layer in past]
         run = run_checkpointed if checkpointed else run_segment
         output, new, cores = run(self.decoder, self.forward, head, seen, gone, stacks, start, kwargs)
@@ -226,6 +228,7 @@ def replay(
         valid = attention_mask.to(x.device).bool()
     layout = Layout.create(valid, border, policy)
     schedule = Schedule.create(layout.window, policy.eviction_ratio)
+    needed = None if head is None else layout.place(needed_columns(valid, border))
     run = Replay(
         decoder=decoder,
         forward=forward,
@@ -237,7 +240,8 @@ def replay(
         ids=None if head is None else layout.place(inputs["input_ids"]),
         positions=layout.place(position_ids.expand(batch_size, -1)),
         mask=None if bool(layout.valid.all()) else layout.valid,
-        needed=None if head is None else layout.place(needed_columns(valid, border)),
+        needed=needed,
+        needed_by_any=[] if needed is None else needed.any(0).tolist(),
         kwargs=kwargs,
     )
     embeds = run.inputs.get("inputs_embeds")

@@ -12,7 +12,7 @@ Gradients are the same as those of detaching keys and values at every eviction u
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -205,6 +205,7 @@ class TruncatedReplay(torch.autograd.Function):
         of_head = run.head is not None
         wanted = gradients[:1] if of_head else gradients[:-1]
         total, embeds_gradients = Total(), []
+        is_wanted = columns_of(wanted, run.positions.shape[1])
         with ctx.surroundings.restored():
             past = run.new_past()
             with torch.enable_grad():
@@ -218,7 +219,7 @@ class TruncatedReplay(torch.autograd.Function):
                 own = [None if gradient is None else gradient[:, columns] for gradient in wanted]
                 gone = run.take_evicted(past, group[0]) if group[0].evict else None
                 cores = chain.step(past, gone)
-                needed = any(gradient is not None and bool(gradient.any()) for gradient in own)
+                needed = any(is_wanted[columns])
                 others, embeds = list(cores), None
                 if ctx.needs_input_grad[1]:
                     embeds = run.inputs["inputs_embeds"][:, columns].detach().requires_grad_()
@@ -247,6 +248,12 @@ class TruncatedReplay(torch.autograd.Function):
             torch.cat(embeds_gradients, dim=1) if embeds_gradients else None,
             *map(total.gradients.get, parameters),
         )
+
+
+def columns_of(gradients: Sequence[torch.Tensor | None], length: int) -> list[bool]:
+    """In which of so many columns any gradient [B, length, ...] is not zero, found out in one go for all segments."""
+    found = [x.any(dim=(0, *range(2, x.ndim))) for x in gradients if x is not None]
+    return torch.stack([x.to(found[0].device) for x in found]).any(0).tolist() if found else [False] * length
 
 
 def adapters_of(run: Run) -> list[tuple[str, ...]]:

@@ -16,6 +16,7 @@ import torch
 from models import decode, tiny_model, with_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_pte import sequence_logprobs
 from peft_pte.cache.eviction import evict
 from peft_pte.families import find_decoder
 from peft_pte_kernels import cache_ops, encode_ops, logprobs_ops, low_rank_ops, state_ops
@@ -145,3 +146,23 @@ def test_training_adds_few_operations_to_those_of_the_base_model(rule: dict[str,
     again = forward if way else Counts(0, 0)
     assert backward.kernels == 2 + again.kernels
     assert backward.torch <= base_backward.torch + 24 + again.torch
+
+
+@pytest.mark.parametrize("way", [dict(), dict(checkpointing=True), dict(gradient="truncated")])
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_segment_makes_the_host_wait(way: dict[str, Any], padded: bool) -> None:
+    """Log-probabilities forward and backward: how often the host reads from the device does not depend on length."""
+    config = {name: value for name, value in way.items() if name != "checkpointing"}
+    model = with_adapter(tiny_model("llama", torch.float32), window_size=4, eviction_ratio=0.5, **config).train()
+    if "checkpointing" in way:
+        model.gradient_checkpointing_enable()
+    waits = []
+    for num_segments in (3, 6):
+        ids = torch.randint(3, 61, (2, 5 + 4 + 2 * num_segments), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[0, :2] = int(not padded)
+        with counted() as found:
+            sequence_logprobs(model, ids, mask, prompt_lengths=5)[0].sum().backward()
+        assert found.kernels
+        waits.append({name: found.torch[name] for name in ("_local_scalar_dense", "nonzero", "item")})
+    assert waits[0] == waits[1] and waits[0]["_local_scalar_dense"] > 0
