@@ -14,59 +14,56 @@ from ..config import CachePolicy
 class Layout:
     """How the caller's columns are moved so that evictions come at the same column in all rows.
 
-    Row b's column c holds the caller's column `c + offset[b]`. With `retained_prefix="prompt"` prompts are aligned at
-    their ends; with an integer prefix rows are aligned at their first token.
+    The tokens of a row are moved together, wherever there is padding, since padding fills no window. With
+    `retained_prefix="prompt"` prompts are aligned at their ends; with an integer prefix rows are aligned at their first
+    token.
     """
 
     prefix: int  # retained columns
     window: int
-    offset: torch.Tensor  # [B]
+    given: torch.Tensor  # [B, T], True where the caller has a token
     valid: torch.Tensor  # [B, T'], True where there is a token
     source: torch.Tensor | None  # [B, T'] caller's columns, None: columns stay where they are
+    target: torch.Tensor | None  # [B, T] where the caller's columns have gone
 
     @classmethod
     @uncompiled
     def create(cls, valid: torch.Tensor, border: torch.Tensor | None, policy: CachePolicy) -> Layout:
         """`valid` [B, T] bool; `border` [B]: the caller's column of each row's first thought."""
-        batch_size, length = valid.shape
-        columns = torch.arange(length, device=valid.device)
-        start = torch.where(valid, columns, length).amin(-1).clamp(max=length - 1)
-        end = torch.where(valid, columns + 1, 0).amax(-1)
-        if policy.retained_prefix == "prompt":
-            border = torch.maximum(border, start)
-            prefix = int((border - start).max())
-            first_thought, offset = border, border - prefix
-        else:
-            prefix = policy.retained_prefix
-            first_thought, offset = start + prefix, start
-        window = policy.window_size
-        if window == "prompt":
-            window = max(1, int((valid & (columns < border[:, None])).sum(-1).max()))
-        num_thoughts = int((end - first_thought).max())
-        if num_thoughts <= window:  # nothing is evicted, wherever the columns are
-            return cls(length, window, torch.zeros_like(start), valid, None)
-        if not bool((offset == 0).all()):
-            source = torch.arange(prefix + num_thoughts, device=valid.device) + offset[:, None]
-            inside = (source >= 0) & (source < length)
-            source = source.clamp(0, length - 1)
-            return cls(prefix, window, offset, valid.gather(1, source) & inside, source)
-        return cls(prefix, window, offset, valid[:, : prefix + num_thoughts], None)
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        rank = valid.cumsum(-1)  # of every token in its row, from 1 on
+        total = rank[:, -1:]
+        keeps_prompt = policy.retained_prefix == "prompt"
+        num_prompt = None if border is None else (valid & (columns < border[:, None])).sum(-1, keepdim=True)
+        prefix = int(num_prompt.max()) if keeps_prompt else policy.retained_prefix
+        shift = prefix - num_prompt if keeps_prompt else torch.zeros_like(total)
+        window = max(1, int(num_prompt.max())) if policy.window_size == "prompt" else policy.window_size
+        length = int((shift + total).max())
+        is_whole = bool((valid | (rank == 0) | (rank == total)).all())  # no padding between tokens
+        if is_whole and length - prefix <= window:  # nothing is evicted, wherever the columns are
+            return cls(valid.shape[1], window, valid, valid, None, None)
+        target = rank - 1 + shift
+        if bool(((target == columns) | ~valid).all()):
+            return cls(prefix, window, valid, valid[:, :length], None, None)
+        ranks = torch.arange(1, length + 1, device=valid.device) - shift
+        source = torch.searchsorted(rank, ranks).clamp(max=valid.shape[1] - 1)
+        return cls(prefix, window, valid, (ranks >= 1) & (ranks <= total), source, target.clamp(0, length - 1))
 
     @uncompiled
     def place(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] in the caller's columns -> [B, T', ...]."""
-        if self.source is None:
-            return x[:, : self.valid.shape[1]]
-        index = self.source.view(*self.source.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
-        return x.gather(1, index)
+        return x[:, : self.valid.shape[1]] if self.source is None else gathered(x, self.source)
 
     @uncompiled
-    def restore(self, x: torch.Tensor, length: int) -> torch.Tensor:
-        """[B, T', ...] -> [B, T, ...] in the caller's columns, zero where nothing was computed (padding)."""
-        if self.source is None and x.shape[1] == length:
-            return x
-        index = torch.arange(length, device=x.device)[None] - self.offset[:, None]
-        inside = (index >= 0) & (index < x.shape[1])
-        shape = (*index.shape, *[1] * (x.ndim - 2))
-        x = x.gather(1, index.clamp(0, x.shape[1] - 1).view(shape).expand(-1, -1, *x.shape[2:]))
-        return x.masked_fill(~inside.view(shape), 0)
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T', ...] -> [B, T, ...] in the caller's columns; on padding zero, or whatever was computed for it."""
+        if self.target is not None:
+            return gathered(x, self.target).masked_fill(~self.given.view(*self.given.shape, *[1] * (x.ndim - 2)), 0)
+        missing = self.given.shape[1] - x.shape[1]
+        return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing else x
+
+
+def gathered(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Of `x` [B, T, ...] the columns [B, T'] of each row: [B, T', ...]."""
+    index = columns.view(*columns.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)

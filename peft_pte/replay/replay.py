@@ -263,8 +263,8 @@ def replay(
         outputs = run.run_all(truncated, checkpointed or truncated, offload=policy.offload or truncated)
     if head is not None:
         results = (torch.cat(parts, dim=1) for parts in zip(*(output.hidden_states for output in outputs)))
-        return as_output(outputs[0].last_hidden_state, *(layout.restore(x, length) for x in results))
-    return join_outputs(outputs, lambda joined: layout.restore(joined, length))
+        return as_output(outputs[0].last_hidden_state, *map(layout.restore, results))
+    return join_outputs(outputs, layout.restore)
 
 
 @uncompiled
