@@ -26,7 +26,10 @@ LEVELS = [
     ["__main__", "trl", "checkpoints"],  # the last two: old names of parts of `trainers`
 ]
 ROOMS = {
-    "cache": [["schedule", "slots"], ["layers"], ["cache"], ["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]],
+    "cache": [
+        *(["schedule", "slots"], ["rows"], ["layers"], ["cache"]),
+        *(["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]),
+    ],
     "replay": [["layout", "segments", "heads", "__init__"], ["truncated"], ["replay"]],
     "hooks": [["attachment", "border", "calls", "attention", "__init__"], ["decoder", "generation"], ["attach"]],
     "trainers": [["checkpoints", "__init__"], ["grpo", "prompts"]],

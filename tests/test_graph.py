@@ -129,7 +129,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def assert_alike(a: PTECache, b: PTECache) -> None:
     """Two caches that have seen the same; empty slots may differ."""
-    for name in ("lead", "prefix", "evicted", "padding", "stored_length", "prompt_length", "schedule"):
+    for name in ("lead", "evicted", "stored_length", "columns_left", "limit", "prompt_length", "schedule"):
         assert getattr(a, name) == getattr(b, name), name
     assert a.get_seq_length() == b.get_seq_length()
     assert torch.equal(a.positions.view, b.positions.view)
@@ -406,7 +406,8 @@ def test_masked_tokens_are_decoded_eagerly(replaying, model) -> None:
     mask[1, 20] = 0
     expected, eager = replaying.off(decode, model, ids, mask, [7] + [1] * 33)
     actual, cache = decode(model, ids, mask, [7] + [1] * 33)
-    assert 13 < replaying.count < 33 and replaying.captures == 1
+    # One eager step; then the rows are no longer in lockstep, on storage that is a little larger.
+    assert not cache.in_lockstep and (replaying.count, replaying.captures) == (32, 2)
     assert relative_error(actual, expected) < 1e-10
     assert_alike(cache, eager)
 

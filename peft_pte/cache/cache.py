@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..compiling import uncompiled
 from ..config import CachePolicy
 from .layers import PTECacheLayer, refuse_rollback
+from .rows import EMPTY, Tally, slack, visible
 from .schedule import Schedule, stored_columns
 from .slots import SlotBuffer
 
@@ -47,12 +48,12 @@ class PTECache(DynamicCache):
         self.schedule: Schedule | None = None  # known when the prompt is complete, for window_size="prompt"
         self.prompt_length: int | None = None
         self.positions = SlotBuffer()  # [B, 1, slots, 1], absolute position of every stored token
-        # Per row: empty slots in front, length of the retained prefix, thoughts evicted. Rows differ only for an
-        # integer `retained_prefix` with left padding, where the first tokens stand in different columns.
-        self.lead: list[int] = []
-        self.prefix: list[int] = []
-        self.evicted: list[int] = []
-        self.padding: list[int] = []
+        self.evicted: list[int] = []  # tokens, by row
+        # Rows leave lockstep when padding is found among their thoughts, or in front of an integer prefix: see rows.py.
+        self.columns = SlotBuffer()  # [B, 1, slots, 1], the caller's column in each slot; empty while in lockstep
+        self.lead: list[int] = []  # empty slots in front, by row, when they were counted last
+        self.columns_left = 0  # out of lockstep: how many can come before a row may be full
+        self.limit = 0  # slots that there will be
 
     @classmethod
     def adopt(cls, cache: DynamicCache) -> PTECache:
@@ -94,17 +95,16 @@ class PTECache(DynamicCache):
             self.policy, self.adapters = policy, adapters
             self.layer_class_to_replicate = None
             self.layers = [PTECacheLayer() for _ in range(num_layers)]
-            self.lead, self.prefix = [0] * batch_size, [0] * batch_size
-            self.evicted, self.padding = [0] * batch_size, [0] * batch_size
+            self.evicted, self.lead = [0] * batch_size, [0] * batch_size
         if (self.policy, self.adapters) != (policy, adapters):
             raise ValueError(
                 f"`past_key_values` was filled with adapter(s) {list(self.adapters)} active and the cache policy "
                 f"{self.policy}, but now {list(adapters)} with {policy} are. A cache cannot change hands: start a new "
                 "one."
             )
-        if len(self.lead) != batch_size:
+        if len(self.evicted) != batch_size:
             raise ValueError(
-                f"`past_key_values` holds {len(self.lead)} rows, but the input has {batch_size}. Use "
+                f"`past_key_values` holds {len(self.evicted)} rows, but the input has {batch_size}. Use "
                 "`batch_repeat_interleave` or `batch_select_indices` to change the number of rows."
             )
 
@@ -120,16 +120,6 @@ class PTECache(DynamicCache):
         seen = self.get_seq_length()
         if self.prompt_length is None:
             self.prompt_length = seen + new_length if prompt_length is None else prompt_length
-        if self.policy.retained_prefix == "prompt":
-            self.prefix = [self.prompt_length] * len(self.prefix)
-        else:
-            self.prefix = [self.policy.retained_prefix] * len(self.prefix)
-            waiting = [row for row, padding in enumerate(self.padding) if padding == seen]  # no token so far
-            if waiting and mask is not None:
-                leading = (mask[:, seen:].cumsum(-1) == 0).sum(-1).tolist()
-                for row in waiting:
-                    self.lead[row] += leading[row]
-                    self.padding[row] += leading[row]
         window = self.policy.window_size
         if self.schedule is None and (window != "prompt" or seen + new_length >= self.prompt_length):
             if window == "prompt":
@@ -144,23 +134,28 @@ class PTECache(DynamicCache):
 
     @property
     def in_lockstep(self) -> bool:
-        return len({*zip(self.lead, self.prefix)}) == 1
+        """Whether all rows store the same columns: the prefix, and thoughts that are evicted together."""
+        return self.columns.data is None
 
-    def num_thoughts(self, row: int) -> int:
-        return self.stored_length - self.lead[row] - self.prefix[row]
+    @property
+    def prefix(self) -> int:
+        """What is never evicted, for rows in lockstep: columns of the prompt, or the first tokens."""
+        return self.prompt_length if self.policy.retained_prefix == "prompt" else self.policy.retained_prefix
 
     @uncompiled
     def room(self) -> int:
-        """How many tokens all rows can take before one of them must evict; only after `evict`."""
+        """How many columns can be stored before room has to be made (eviction.py).
+
+        Without a look at the mask, so that it may be less than there is where padding comes in.
+        """
         if self.schedule is None:  # in the prompt, with window_size="prompt": nothing to evict yet
             return self.prompt_length - self.get_seq_length()
-        return min(self.schedule.room(self.num_thoughts(row)) for row in range(len(self.lead)))
+        if self.in_lockstep:
+            return self.schedule.room(self.stored_length - self.prefix)
+        return min(self.columns_left, self.limit - self.stored_length)
 
-    @uncompiled
-    def compact_mask(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor | None:
-        """The caller's mask [B, seen + new_length] without evicted columns: [B, stored + new_length]."""
-        if mask is None and not any(self.lead):
-            return None
+    def check_mask(self, mask: torch.Tensor | None, new_length: int) -> None:
+        """Raises: ValueError: the mask does not cover what was seen and `new_length` columns more."""
         seen, end = self.get_seq_length(), self.get_seq_length() + new_length
         if mask is None or mask.shape[1] < end:
             raise ValueError(
@@ -168,24 +163,85 @@ class PTECache(DynamicCache):
                 f"cache has seen {seen} columns with padding and the input brings {new_length}: pass the mask of all "
                 f"{end} columns, evicted tokens included."
             )
-        if len(set(self.padding)) == 1:
-            return stored_columns(mask, self.padding[0] + self.prefix[0], self.evicted[0], end)
-        columns, empty = [], []
-        for row, (lead, prefix, padding) in enumerate(zip(self.lead, self.prefix, self.padding)):
-            lead = min(lead, self.stored_length + new_length)  # the row's padding may still be coming in
-            thoughts = range(padding + prefix + self.evicted[row], end)
-            columns.append([0] * lead + list(range(padding, min(padding + prefix, end))) + list(thoughts))
-            empty.append([True] * lead + [False] * (len(columns[-1]) - lead))
-        index = torch.tensor(columns, device=mask.device)
-        return mask.gather(1, index).masked_fill(torch.tensor(empty, device=mask.device), 0)
+
+    def is_whole(self, mask: torch.Tensor | None) -> bool:
+        """Whether rows in lockstep store no padding among what counts as tokens, and none comes next."""
+        if mask is None:
+            return True
+        whole = mask[:, self.prefix + self.evicted[0] : self.get_seq_length() + 1].all()
+        if self.policy.retained_prefix != "prompt":
+            whole = whole & mask[:, : self.prefix].all()
+        return bool(whole)
+
+    def tally(self, mask: torch.Tensor | None) -> Tally:
+        """Count the tokens in all slots. From now on rows are not in lockstep.
+
+        `mask`: [B, seen + 1 or more], of the columns that come next too.
+        """
+        self.check_mask(mask, 1)
+        seen = self.get_seq_length()
+        if self.in_lockstep:
+            columns = torch.arange(seen, device=mask.device)
+            columns = torch.cat([columns[: self.prefix], columns[self.prefix + self.evicted[0] :]])
+            self.columns.append(columns[None, None, :, None].expand(mask.shape[0], -1, -1, -1), 0)
+        columns = self.columns.view[:, 0, :, 0]
+        held = visible(mask, columns).bool()
+        if self.policy.retained_prefix == "prompt":
+            kept = (held & (columns < self.prompt_length)).sum(-1)
+        else:
+            kept = torch.full((len(columns),), self.policy.retained_prefix, device=columns.device)
+        return Tally(held, kept, mask[:, seen : seen + self.schedule.window].bool(), self.schedule)
+
+    @uncompiled
+    def close_gaps(self, tally: Tally) -> None:
+        """Forget thoughts that have left, and move what remains of every row to its end."""
+        remaining = tally.remaining()
+        kept = [total - thoughts for total, thoughts in zip(tally.totals, tally.thoughts)]
+        self.limit = max(kept) + self.schedule.window + slack(self.schedule.window)
+        is_used_up = self.stored_length >= self.limit
+        move = tally.move(max(remaining) if is_used_up else self.stored_length)
+        if move is not None:
+            for slots in (self.columns, self.positions, *self.slots()):
+                slots.rearrange(move.index, move.rows)
+            part = self.columns.view[:, 0, : move.index.shape[1], 0]
+            if move.rows is None:
+                part.masked_fill_(move.empty, EMPTY)
+            else:
+                part.index_copy_(0, move.rows, part.index_select(0, move.rows).masked_fill_(move.empty, EMPTY))
+        self.lead = [self.stored_length - count for count in remaining]
+        self.columns_left = tally.columns
+        self.evicted = [
+            evicted + tally.num_evicted * is_full for evicted, is_full in zip(self.evicted, tally.full, strict=True)
+        ]
+
+    def slots(self) -> list[SlotBuffer]:
+        """Keys and values of all layers."""
+        return [buffer for layer in self.layers for buffer in (layer.key_slots, layer.value_slots)]
+
+    @uncompiled
+    def compact_mask(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor | None:
+        """The caller's mask [B, seen + new_length] without evicted columns: [B, stored + new_length]."""
+        if mask is None and self.in_lockstep:
+            return None
+        seen, end = self.get_seq_length(), self.get_seq_length() + new_length
+        self.check_mask(mask, new_length)
+        if self.in_lockstep:
+            return stored_columns(mask, self.prefix, self.evicted[0], end)
+        return torch.cat([visible(mask, self.columns.view[:, 0, :, 0]), mask[:, seen:end]], dim=1)
 
     @uncompiled
     def begin_step(self, positions: torch.Tensor) -> None:
         """Note the absolute positions [B, q] of the tokens that the layers are about to store."""
-        limit = (self.schedule.window + max(map(sum, zip(self.lead, self.prefix)))) if self.schedule else 0
+        if self.in_lockstep:
+            self.limit = self.schedule.window + self.prefix if self.schedule else 0
+        else:
+            seen, new_length = self.get_seq_length(), positions.shape[1]
+            columns = torch.arange(seen, seen + new_length, device=self.columns.data.device)
+            self.columns.append(columns[None, None, :, None].expand(len(positions), -1, -1, -1), self.limit)
+            self.columns_left -= new_length
         for layer in self.layers:
-            layer.limit = limit
-        self.positions.append(positions[:, None, :, None], limit)
+            layer.limit = self.limit
+        self.positions.append(positions[:, None, :, None], self.limit)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where queries stand among the stored slots; the causal mask is made in this compact index space."""
@@ -195,15 +251,18 @@ class PTECache(DynamicCache):
 
     @property
     def num_evicted(self) -> list[int]:
-        """Thoughts evicted so far, for each row."""
+        """Tokens evicted so far, for each row."""
         return list(self.evicted)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by keys, values, positions and states; constant from the first eviction on."""
+        """Bytes held by keys, values, positions and states.
+
+        Constant from the first eviction on; they grow once more, a little, should rows leave lockstep later.
+        """
         if not self.is_bound:
             return 0
-        return self.positions.nbytes + sum(layer.nbytes for layer in self.layers)
+        return self.positions.nbytes + self.columns.nbytes + sum(layer.nbytes for layer in self.layers)
 
     def state_norms(self) -> dict[str, torch.Tensor]:
         """Frobenius norm of the state that each layer uses, by adapter: [layers, B], NaN for layers without adapter."""
@@ -220,10 +279,9 @@ class PTECache(DynamicCache):
         for layer in self.layers:
             layer.select(index)
         self.positions.select(index)
+        self.columns.select(index)
         rows = index.tolist()
-        for name in ("lead", "prefix", "evicted", "padding"):
-            values = getattr(self, name)
-            setattr(self, name, [values[row] for row in rows])
+        self.evicted, self.lead = ([values[row] for row in rows] for values in (self.evicted, self.lead))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows, for beam search."""
@@ -235,7 +293,7 @@ class PTECache(DynamicCache):
         """Repeat every row, to sample several continuations of one prefill."""
         if not self.is_bound:
             return super().batch_repeat_interleave(repeats)
-        self._select_rows(torch.arange(len(self.lead)).repeat_interleave(repeats))
+        self._select_rows(torch.arange(len(self.evicted)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only some rows, by index or boolean mask."""

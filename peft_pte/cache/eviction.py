@@ -22,44 +22,37 @@ def evict(cache: PTECache, mask: torch.Tensor | None, decoder: nn.Module) -> Non
     They are encoded here, for all layers at once and out of the slots themselves, where kernels can do that; else
     the layers encode a copy in the coming step.
     """
-    if cache.schedule is None:
+    if cache.schedule is None or cache.room() > 0:
         return
-    full = [cache.schedule.is_full(cache.num_thoughts(row)) for row in range(len(cache.lead))]
-    if not any(full):
+    if cache.in_lockstep and cache.is_whole(mask):
+        evict_together(cache, decoder, cache.prefix)
         return
+    tally = cache.tally(mask)
+    start = tally.common_start()
+    if start is not None:
+        cache.columns.take(start, tally.num_evicted)
+        cache.columns_left = tally.columns
+        evict_together(cache, decoder, start)
+        return
+    if any(tally.full):
+        index = tally.leaving()
+        positions = KeyPositions(decoder.rotary_emb, cache.positions.gather(index)[:, 0, :, 0])
+        valid = None if all(tally.full) else tally.is_full[:, None].expand(-1, tally.num_evicted)
+        for layer in cache.layers:
+            gone = (slots.gather(index) for slots in (layer.key_slots, layer.value_slots))
+            layer.evicted = Evicted(*gone, positions, valid)
+    cache.close_gaps(tally)
+
+
+def evict_together(cache: PTECache, decoder: nn.Module, start: int) -> None:
+    """Evict from slot `start` on, in all rows."""
     n = cache.schedule.num_evicted
-    if cache.in_lockstep:
-        start = cache.lead[0] + cache.prefix[0]
-        column = cache.padding[0] + cache.prefix[0] + cache.evicted[0]
-        valid = None if mask is None else mask[:, column : column + n].bool()
-        valid = None if valid is None or bool(valid.all()) else valid
-        positions = KeyPositions(decoder.rotary_emb, cache.positions.take(start, n)[:, 0, :, 0])
-        if not evict_at_once(cache, decoder, start, n, positions, valid):
-            for layer in cache.layers:
-                gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
-                layer.evicted = Evicted(*gone, positions, valid)
-        cache.evicted = [evicted + n for evicted in cache.evicted]
-        return
-    # Rows are full at different times. A row that evicts moves its prefix up and gets empty slots in front; slots
-    # that are empty in all rows are given back.
-    taken, kept, lead = [], [], []
-    for row, is_full in enumerate(full):
-        first = cache.lead[row] + cache.prefix[row]
-        slots = list(range(cache.stored_length))
-        taken.append(slots[first : first + n] if is_full else [0] * n)
-        kept.append([0] * n + slots[:first] + slots[first + n :] if is_full else slots)
-        lead.append(cache.lead[row] + n * is_full)
-    column_mask = cache.compact_mask(mask, 0)
-    drop = min(lead)
-    taken_index, kept_index = torch.tensor(taken), torch.tensor(kept)[:, drop:]
-    valid = torch.tensor(full)[:, None].expand(-1, n).to(column_mask.device)
-    valid = valid & column_mask.bool().gather(1, taken_index.to(column_mask.device))
-    positions = KeyPositions(decoder.rotary_emb, cache.positions.take_rows(taken_index, kept_index)[:, 0, :, 0])
-    for layer in cache.layers:
-        gone = (slots.take_rows(taken_index, kept_index) for slots in (layer.key_slots, layer.value_slots))
-        layer.evicted = Evicted(*gone, positions, valid)
-    cache.lead = [length - drop for length in lead]
-    cache.evicted = [evicted + n * is_full for evicted, is_full in zip(cache.evicted, full)]
+    positions = KeyPositions(decoder.rotary_emb, cache.positions.take(start, n)[:, 0, :, 0])
+    if not evict_at_once(cache, decoder, start, n, positions, None):
+        for layer in cache.layers:
+            gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
+            layer.evicted = Evicted(*gone, positions, None)
+    cache.evicted = [evicted + n for evicted in cache.evicted]
 
 
 def evict_at_once(

@@ -68,22 +68,39 @@ class SlotBuffer:
         self.length -= count
         return taken
 
-    def take_rows(self, taken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """The same with a slot index for each row: `taken` [B, m] leave, `kept` [B, length'] stay, in this order."""
-        gone, rest = self.gather(taken), self.gather(kept)
+    def rearrange(self, index: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Slot `index[i, t]` of row `rows[i]` goes to slot t, all others stay.
+
+        Without `rows`: the same for every row, and there are no other slots.
+        """
+        if rows is None:
+            moved = self.gather(index)
+            if self.must_copy():
+                self.data = moved
+            else:
+                self.data[..., : index.shape[1], :] = moved
+            self.length = index.shape[1]
+            return
+        rows = rows.to(self.data.device)
+        part = self.data.narrow(-2, 0, index.shape[1])
+        moved = gathered(part.index_select(0, rows), index)
         if self.must_copy():
-            self.data = rest
+            rest = self.view[..., index.shape[1] :, :]
+            self.data = torch.cat([part.index_copy(0, rows, moved), rest], dim=-2)
         else:
-            self.data[..., : rest.shape[-2], :] = rest
-        self.length = kept.shape[1]
-        return gone
+            part.index_copy_(0, rows, moved)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """Slots by row, `index` [B, m] -> [B, H, m, D]."""
-        index = index.to(self.data.device)[:, None, :, None]
-        return self.view.gather(-2, index.expand(-1, self.data.shape[1], -1, self.data.shape[-1]))
+        return gathered(self.view, index)
 
     def select(self, index: torch.Tensor) -> None:
         """Select rows of the batch."""
         if self.data is not None:
             self.data = self.data.index_select(0, index.to(self.data.device))
+
+
+def gathered(slots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of `slots` [B, H, S, D] those of `index` [B, m]: [B, H, m, D]."""
+    index = index.to(slots.device)[:, None, :, None]
+    return slots.gather(-2, index.expand(-1, slots.shape[1], -1, slots.shape[-1]))
