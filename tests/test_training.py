@@ -87,6 +87,23 @@ def test_truncated_gradients_equal_detaching_by_hand(update: str) -> None:
     assert any((exact[name] - truncated[name]).abs().max() > 1e-6 for name in exact)
 
 
+@pytest.mark.parametrize("trained", ["adapter", "head"])
+def test_truncated_gradients_of_nothing_and_of_a_frozen_adapter(trained: str) -> None:
+    """A loss that weighs nothing has zero gradients; where the adapter is frozen the rest is trained as ever."""
+    model = with_adapter(tiny_model("llama"), window_size=6, gradient="truncated").train()
+    if trained == "head":
+        model.requires_grad_(False).base_model.model.model.norm.requires_grad_(True)
+    ids = torch.randint(3, 61, (2, 25), generator=torch.Generator().manual_seed(0))
+    found = []
+    for way in (ordinary_autograd, nullcontext):
+        for scale in (0, 1):
+            with way():
+                found.append(gradients(model, model(input_ids=ids, prompt_lengths=5).logits.sin().sum() * scale))
+    assert not any(gradient.any() for gradient in (*found[0].values(), *found[2].values()))
+    assert_same(found[3], found[1])
+    assert any("norm.weight" in name for name in found[3]) == (trained == "head")
+
+
 @contextmanager
 def ordinary_autograd() -> Iterator[None]:
     """Truncated gradients by detaching at evictions, as is done for sharded parameters."""

@@ -81,9 +81,11 @@ class Total:
         """Backpropagate; the gradients of `others` are returned (zero where there is none) and not summed."""
         # The loss does not depend on all outputs, nor do all of them (embeddings, say) on something that is trained.
         used = [(x, gradient) for x, gradient in zip(outputs, gradients) if gradient is not None and x.requires_grad]
-        outputs, gradients = zip(*used) if used else ((), ())
+        if not used:
+            return [torch.zeros_like(x) for x in others]
+        outputs, gradients = zip(*used)
         # Outside of the forward's autocast, as `loss.backward()` is, which would round the products of a backward pass.
-        with torch.autocast((*outputs, *others, *tensors)[0].device.type, enabled=False):
+        with torch.autocast(outputs[0].device.type, enabled=False):
             found = torch.autograd.grad(outputs, [*tensors, *others], gradients, allow_unused=True)
         for tensor, gradient in zip(tensors, found):
             if gradient is not None:
@@ -224,17 +226,17 @@ class TruncatedReplay(torch.autograd.Function):
                 if ctx.needs_input_grad[1]:
                     embeds = run.inputs["inputs_embeds"][:, columns].detach().requires_grad_()
                     others.append(embeds)
-                parts = repeat(None) if embeds is None else embeds.split(sizes, dim=1)
                 with torch.set_grad_enabled(needed):
+                    inputs = repeat(None) if embeds is None else embeds.split(sizes, dim=1)
                     outputs = [
                         run.run(segment, past, None, leaves, needed and len(group) > 1, part)
-                        for segment, part in zip(group, parts)
+                        for segment, part in zip(group, inputs)
                     ]
                     results = zip(*(results_of(output, of_head)[: len(own)] for output in outputs))
                     joined = [torch.cat(parts, dim=1) for parts in results]
                 tensors = [*parameters, *readings]
                 found = total.add(joined, own, tensors, others) if needed else [torch.zeros_like(x) for x in others]
-                del outputs, results, joined  # the graph, and with it all activations of the group
+                del inputs, outputs, results, joined  # the graph, and with it all activations of the group
                 for layer in past:
                     layer.detach()
                 chain.finish_step(found[: len(cores)])
