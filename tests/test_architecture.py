@@ -27,7 +27,7 @@ LEVELS = [
 ]
 ROOMS = {
     "cache": [
-        *(["schedule", "slots"], ["rows"], ["layers"], ["cache"]),
+        *(["schedule", "slots", "flash"], ["rows"], ["layers"], ["cache"]),
         *(["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]),
     ],
     "replay": [["layout", "segments", "heads", "__init__"], ["truncated"], ["replay"]],

@@ -25,6 +25,7 @@ from peft_pte_kernels import decode_attention
 from ..encoder import ENCODER_NAME, ThoughtEncoder
 from ..families import attention_modules
 from ..host import DecoderOutput, call_with_cache
+from . import flash
 from .cache import PTECache
 from .slots import SlotBuffer
 from .snapshot import Snapshot, Trial, Unsupported, refuse_model, refuse_old_torch
@@ -103,7 +104,8 @@ def attend(
         raise Unsupported("keys and values are changed between cache and attention")
     step.attended += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return decode_attention(query, key, value, step.first, step.length, scaling).transpose(1, 2), None
+    attention = flash.decode_attention if flash.can_attend(query, key) else decode_attention
+    return attention(query, key, value, step.first, step.length, scaling).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, attend)
