@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from peft_pte import PTECache, sequence_logprobs
 
-ROUNDS = 30
+ROUNDS = 30  # of two results each
 GREEDY = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False)
 
 
@@ -67,7 +67,7 @@ def test_two_generations(model) -> None:
 
 def test_two_generations_without_a_cache(model) -> None:
     options = dict(use_cache=False, max_new_tokens=6, min_new_tokens=6)
-    assert both(generation(model, 0, **options), generation(model, 1, **options)) == 2 * ROUNDS
+    assert both(generation(model, 0, **options), generation(model, 1, **options), rounds=10) == 20
 
 
 @pytest.mark.parametrize("gradient", ["full", "truncated"])
@@ -104,10 +104,10 @@ def test_checkpointing_is_not_lost_beside_a_generation() -> None:
 
 def test_two_trainings(model) -> None:
     model.train()
-    assert both(training(model, 0), training(model, 1)) == 2 * ROUNDS
+    assert both(training(model, 0), training(model, 1), rounds=10) == 20
 
 
-def test_scoring_beside_the_base_model(model) -> None:
+def test_scoring_beside_decoding(model) -> None:
     """One thread scores a text, the other one decodes it step by step."""
     ids = prompt(2, length=40)
 
@@ -122,7 +122,7 @@ def test_scoring_beside_the_base_model(model) -> None:
                 logits.append(model(input_ids=ids[:, columns], past_key_values=cache).logits)
         return torch.cat(logits, dim=1)
 
-    assert both(score, decode) == 2 * ROUNDS
+    assert both(score, decode, rounds=10) == 20
 
 
 def test_an_error_in_one_thread_leaves_the_other_alone(model) -> None:
@@ -135,7 +135,7 @@ def test_an_error_in_one_thread_leaves_the_other_alone(model) -> None:
             model(input_ids=wrong + 1000, prompt_lengths=5)
         return torch.zeros(1)
 
-    assert both(fails, generation(model, 1)) == 2 * ROUNDS
+    assert both(fails, generation(model, 1), rounds=10) == 20
 
 
 def replicated(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
