@@ -32,36 +32,42 @@ class Hazard(Exception):
     """A kernel does what has no defined result on a GPU."""
 
 
-class Launch:
-    """What the programs of one launch have read and written so far.
+class Watch:
+    """What the programs of a launch have read and written so far.
 
-    Time is counted in phases: a new one begins with every program and every barrier.
+    Time is counted in phases: a new one begins with every launch, program and barrier. What is older than the launch
+    counts as nothing, so that the arrays below need not be cleared.
     """
 
-    def __init__(self, kernel: str, tensors: list[torch.Tensor]):
-        self.kernel = kernel
+    def __init__(self) -> None:
+        self.phase = 0
+        # Of every place the phase of its last write, of its first and of its last read.
+        self.written = self.first_read = self.last_read = np.zeros(0, dtype=np.int64)
+
+    def begin_launch(self, kernel: str, tensors: list[torch.Tensor]) -> None:
         storages = sorted({(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in tensors})
         starts, sizes = np.array([storage for storage in storages if storage[1]], dtype=np.int64).reshape(-1, 2).T
         self.starts, self.ends = starts, starts + sizes
-        self.shifts = np.cumsum(sizes) - sizes - starts  # from an address to a place in the arrays below
-        # Of every place the phase of its last write, of its first and of its last read; 0: there was none.
-        self.written, self.first_read, self.last_read = np.zeros((3, int(sizes.sum())), dtype=np.int32)
-        self.program, self.phase, self.first_phase = (0, 0, 0), 0, 0
+        self.shifts = np.cumsum(sizes) - sizes - starts  # from an address to a place in the arrays
+        if sizes.sum() > self.written.size:
+            self.written, self.first_read, self.last_read = np.zeros((3, 2 * sizes.sum()), dtype=np.int64)
+        self.phase += 1
+        self.kernel, self.launch = kernel, self.phase
 
-    def begin(self, program: tuple[int, int, int]) -> None:
-        self.program, self.phase = program, self.phase + 1
-        self.first_phase = self.phase
+    def begin_program(self, program: tuple[int, ...]) -> None:
+        self.phase += 1
+        self.index, self.program = program, self.phase
 
     def barrier(self) -> None:
         self.phase += 1
 
     def refuse(self, found: np.ndarray, what: str) -> None:
         if found.any():
-            raise Hazard(f"{self.kernel}, program {self.program}: {what} ({int(found.sum())} elements)")
+            raise Hazard(f"{self.kernel}, program {self.index}: {what} ({int(found.sum())} elements)")
 
     def check(self, phases: np.ndarray, action: str, earlier: str) -> None:
         """Refuse elements whose last access was in another program, or in this one since the last barrier."""
-        self.refuse((phases > 0) & (phases < self.first_phase), f"{action} what another program {earlier}")
+        self.refuse((phases > self.launch) & (phases < self.program), f"{action} what another program {earlier}")
         self.refuse(phases == self.phase, f"{action} what the program itself {earlier}, without a barrier in between")
 
     def places(self, pointers: TensorHandle, mask: TensorHandle, action: str) -> np.ndarray:
@@ -79,7 +85,7 @@ class Launch:
         places = self.places(pointers, mask, "reads")
         self.check(self.written[places], "reads", "has written")
         first = self.first_read[places]
-        self.first_read[places] = np.where(first > 0, first, self.phase)
+        self.first_read[places] = np.where(first > self.launch, first, self.phase)
         self.last_read[places] = self.phase
 
     def store(self, pointers: TensorHandle, mask: TensorHandle) -> None:
@@ -87,8 +93,8 @@ class Launch:
         self.check(self.written[places], "writes", "has written")
         self.check(self.last_read[places], "writes", "has read")
         first = self.first_read[places]  # the last read may be this program's own
-        self.refuse((first > 0) & (first < self.first_phase), "writes what another program has read")
-        lanes = np.arange(places.size, dtype=np.int32)
+        self.refuse((first > self.launch) & (first < self.program), "writes what another program has read")
+        lanes = -np.arange(places.size)  # no phase is below one
         self.written[places] = lanes
         self.refuse(self.written[places] != lanes, "one store writes an element twice")
         self.written[places] = self.phase
@@ -114,18 +120,14 @@ def install(order: str) -> None:
     plain_dim, plain_index = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
     plain_load, plain_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     plain_barrier = InterpreterBuilder.create_barrier
-    launch: Launch | None = None
+    watch = Watch()
     programs: Iterator[tuple[int, ...]] = iter(())
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
-        nonlocal launch
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         targets = [target for x in tensors for target in getattr(x, "targets", ())]
-        launch = Launch(self.fn.__name__, tensors + targets)
-        try:
-            plain_call(self, *args, **kwargs)
-        finally:
-            launch = None
+        watch.begin_launch(self.fn.__name__, tensors + targets)
+        plain_call(self, *args, **kwargs)
 
     def addresses(*columns: list[torch.Tensor]) -> torch.Tensor:
         table = plain_addresses(*columns)
@@ -136,23 +138,23 @@ def install(order: str) -> None:
     def set_grid_dim(self: Any, *grid: int) -> None:
         nonlocal programs
         plain_dim(self, *grid)
-        programs = iter(ordered(launch.kernel, grid, order))
+        programs = iter(ordered(watch.kernel, grid, order))
 
     def set_grid_idx(self: Any, *_: int) -> None:
         program = next(programs)
         plain_index(self, *program)
-        launch.begin(program)
+        watch.begin_program(program)
 
     def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
-        launch.load(pointers, mask)
+        watch.load(pointers, mask)
         return plain_load(self, pointers, mask, *rest)
 
     def store(self: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> None:
-        launch.store(pointers, mask)
+        watch.store(pointers, mask)
         return plain_store(self, pointers, value, mask, *rest)
 
     def barrier(self: Any) -> None:
-        launch.barrier()
+        watch.barrier()
         return plain_barrier(self)
 
     GridExecutor.__call__ = call
