@@ -48,17 +48,19 @@ def encoders_of(decoder: nn.Module) -> Layers:
     return found
 
 
-def can_stack(modules: list[nn.Module]) -> bool:
-    """Whether a call of these modules is nothing but a product with their weights, which are alike."""
-    first = modules[0].weight
-    return all(
-        type(module) in (StateLinear, TokenTable)
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not is_gathered(module)
-        and (module.weight.shape, module.weight.dtype, module.weight.device) == (first.shape, first.dtype, first.device)
+def weights_of(modules: list[nn.Module]) -> list[torch.Tensor] | None:
+    """The weights, if a call of these modules is nothing but a product with them, and they can be stacked."""
+    if any(
+        type(module) not in (StateLinear, TokenTable)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or is_gathered(module)
         for module in modules
-    )
+    ):
+        return None
+    weights = [module.weight for module in modules]
+    first = (weights[0].shape, weights[0].dtype, weights[0].device)
+    return weights if all((weight.shape, weight.dtype, weight.device) == first for weight in weights) else None
 
 
 def stacked_reading(name: str, encoders: list[ThoughtEncoder]) -> Reading:
@@ -66,14 +68,14 @@ def stacked_reading(name: str, encoders: list[ThoughtEncoder]) -> Reading:
     rule = encoders[0].pte_rule[name]
     containers = ("pte_query_tokens", "pte_query", "pte_key", "pte_value", "pte_global_tokens")
     containers = containers if rule.num_global_tokens else containers[:-1]
-    columns = [[getattr(encoder, container)[name] for encoder in encoders] for container in containers]
+    columns = [weights_of([getattr(encoder, container)[name] for encoder in encoders]) for container in containers]
     # In every process each parameter has a gradient, also where nothing has been evicted: DDP waits for it.
     touches = torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
-    if not all(map(can_stack, columns)):
+    if None in columns:
         query, initial = map(torch.stack, zip(*(encoder.reading(name) for encoder in encoders)))
         return Reading(query, initial + sum(e.touch(name) for e in encoders) if touches else initial)
     needed = columns if rule.num_global_tokens or touches else columns[:2]
-    weights = [torch.stack([module.weight for module in column]) for column in needed]
+    weights = list(map(torch.stack, needed))
     dtype = state_dtype(*weights)
     tokens, query_weight, *rest = (weight.to(dtype) for weight in weights)
     query, projected = tokens @ query_weight.mT, ()
