@@ -115,17 +115,36 @@ class PTECache(DynamicCache):
         Args:
             mask: [B, seen + new_length], 0 on padding, or None.
             new_length: number of tokens that this call brings.
-            prompt_length: columns of the whole prompt if known; else the first call brings the whole prompt.
+            prompt_length: columns of the whole prompt if known; else the first call brings the whole prompt. It may be
+                given anew, and larger, as long as no thought is stored: the prompt goes on.
+
+        Raises:
+            ValueError: the prompt cannot go on, or has become shorter.
         """
-        seen = self.get_seq_length()
+        seen, window = self.get_seq_length(), self.policy.window_size
         if self.prompt_length is None:
             self.prompt_length = seen + new_length if prompt_length is None else prompt_length
-        window = self.policy.window_size
+        elif self.policy.retained_prefix == "prompt" and prompt_length not in (None, self.prompt_length):
+            if self.holds_thoughts or prompt_length < self.prompt_length:
+                raise ValueError(
+                    f"The prompt is to have {prompt_length} columns, but this cache was told {self.prompt_length} and "
+                    f"has seen {seen}: a prompt can only become longer, and only until a thought is stored. Give its "
+                    "length no more and what follows are thoughts, or start from a new cache, or from a copy "
+                    "(`copy.deepcopy`) that was made when the prompt had been read."
+                )
+            self.prompt_length = prompt_length
+            if window == "prompt":  # a schedule that was made for a shorter one has had no effect
+                self.schedule = None
         if self.schedule is None and (window != "prompt" or seen + new_length >= self.prompt_length):
             if window == "prompt":
                 longest = self.prompt_length if mask is None else int(mask[:, : self.prompt_length].sum(-1).max())
                 window = max(1, longest)
             self.schedule = Schedule.create(window, self.policy.eviction_ratio)
+
+    @property
+    def holds_thoughts(self) -> bool:
+        """Whether more than the prompt was seen."""
+        return self.prompt_length is not None and self.get_seq_length() > self.prompt_length
 
     @property
     def stored_length(self) -> int:

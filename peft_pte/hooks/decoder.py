@@ -65,8 +65,8 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         cache = PTECache.adopt(PTECache() if cache is None else cache)
         if call.border == "said":
             prompt_length = same_border(border)
-        elif call.border == "generate" and seen > (cache.prompt_length or 0):
-            # A cache that holds thoughts. With an integer prefix, everything streams anyway.
+        elif call.border == "generate" and cache.holds_thoughts:
+            # With an integer prefix, everything streams anyway.
             if policy.retained_prefix == "prompt":
                 warn_caller(TURN_STREAMS)
             prompt_length = None
