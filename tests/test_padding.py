@@ -17,7 +17,7 @@ from test_policy import Case, cases, reference_logits
 from test_training import assert_same, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pte import PTECache
+from peft_pte import PTECache, sequence_logprobs
 from peft_pte.cache import rows
 from peft_pte.cache.eviction import evict
 
@@ -150,6 +150,29 @@ def test_gradients(case: Case, spare: int, truncated: bool, checkpointed: bool) 
             total[name] = total.get(name, 0) + value
     assert all(value.isfinite().all() for value in actual.values())
     assert_same(actual, total)
+
+
+@settings(max_examples=40)
+@given(case=cases(), spare=st.integers(0, 9))
+def test_logprobs(case: Case, spare: int) -> None:
+    """Log-probabilities and entropies stand at their tokens, whatever is between a token and the one before it."""
+    model, alone_model = models_of(case)
+    batch = Batch(case, spare)
+    with torch.no_grad():
+        results = sequence_logprobs(model, batch.ids, batch.mask, batch.border)
+        with model.disable_adapter():
+            of_base, _ = sequence_logprobs(model, batch.ids, batch.mask, batch.border)
+            base_logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        for row, (tokens, prompt) in enumerate(zip(case.rows, case.prompts)):
+            expected = sequence_logprobs(alone_model, torch.tensor([tokens]), None, prompt)
+            for ours, own in zip(results, expected):
+                torch.testing.assert_close(batch.row(ours, row), own[0], rtol=1e-9, atol=1e-9)
+                assert (ours[row, batch.mask[row] == 0] == 0).all()
+            assert (expected[0][0, prompt:] < 0).all()
+            # The base model counts positions in its own way, over padding between tokens too.
+            logprobs = batch.row(base_logits, row).log_softmax(-1)[prompt - 1 : -1]
+            logprobs = logprobs.gather(-1, torch.tensor(tokens[prompt:])[:, None])[:, 0]
+            torch.testing.assert_close(batch.row(of_base, row)[prompt:], logprobs, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=15)

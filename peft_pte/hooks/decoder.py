@@ -19,7 +19,16 @@ from ..cache.graph import replayed_step
 from ..compiling import decides, uncompiled
 from ..config import CachePolicy
 from ..host import DecoderOutput, cache_in, call_with_cache, set_cache, take_cache
-from ..replay.heads import Head, as_output, current_head, current_hidden, needed_columns, num_chunks, token_logprobs
+from ..replay.heads import (
+    Head,
+    as_output,
+    current_head,
+    current_hidden,
+    needed_columns,
+    next_tokens,
+    num_chunks,
+    token_logprobs,
+)
 from ..replay.replay import agreed_maximum, join_outputs, replay
 from ..replay.segments import embedded_rows, layer_checkpointing_off
 from .border import current_border, named_arguments, prompt_length_of, warn_caller
@@ -118,11 +127,12 @@ def base_forward(
     if head is None:
         return output
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-    needed = needed_columns(torch.ones_like(ids).bool() if mask is None else mask.bool(), border)
+    valid = torch.ones_like(ids).bool() if mask is None else mask.to(ids.device).bool()
+    needed, targets = needed_columns(valid, border), ids.gather(1, next_tokens(valid).clamp(max=ids.shape[1] - 1))
     most = agreed_maximum(decoder, [num_chunks(*ids.shape)], ids.device)
     if most is not None:
         head = functools.partial(head, least_chunks=most[0])
-    return as_output(output.last_hidden_state, *head(output.last_hidden_state, ids.roll(-1, dims=1), needed))
+    return as_output(output.last_hidden_state, *head(output.last_hidden_state, targets, needed), valid)
 
 
 @uncompiled

@@ -121,21 +121,32 @@ def first_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 def needed_columns(valid: torch.Tensor, border: torch.Tensor | None) -> torch.Tensor:
-    """The columns [B, T] (bool) whose next token is a thought that is asked for. `valid` [B, T], `border` [B]."""
-    needed = valid & valid.roll(-1, dims=1)
-    needed[:, -1] = False
-    if border is not None:
-        needed &= torch.arange(1, valid.shape[1] + 1, device=valid.device) >= border[:, None]
-    return needed
+    """The tokens [B, T] (bool) whose next token is a thought that is asked for. `valid` [B, T], `border` [B]."""
+    following = next_tokens(valid)
+    needed = valid & (following < valid.shape[1])
+    return needed if border is None else needed & (following >= border[:, None])
 
 
-def as_output(hidden_states: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor) -> BaseModelOutputWithPast:
+def next_tokens(valid: torch.Tensor) -> torch.Tensor:
+    """The column [B, T] of the first token after each column, T if there is none. Padding may be in between."""
+    length = valid.shape[1]
+    tokens = torch.where(valid, torch.arange(length, device=valid.device), length)
+    return torch.nn.functional.pad(tokens.flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=length)
+
+
+def as_output(
+    hidden_states: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor, valid: torch.Tensor
+) -> BaseModelOutputWithPast:
     """A decoder output that carries the results through the top model, whose own head then sees one column only.
 
-    Through the output and not beside it, so that FSDP and DDP see what the loss depends on. Results belong to the
-    column before their token and move one to the right here.
+    Through the output and not beside it, so that FSDP and DDP see what the loss depends on. Results stand at the token
+    before theirs and move to their own here. `valid` [B, T]: where there is a token.
     """
-    logprobs, entropy = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (logprobs, entropy))
+    tokens = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1)
+    before = torch.nn.functional.pad(tokens.cummax(1).values[:, :-1], (1, 0), value=-1)
+    nothing = ~valid | (before < 0)
+    before = before.clamp(min=0)
+    logprobs, entropy = (x.gather(1, before).masked_fill(nothing, 0) for x in (logprobs, entropy))
     return DecoderOutput(last_hidden_state=hidden_states[:, :1], hidden_states=(logprobs, entropy))
 
 

@@ -263,7 +263,7 @@ def replay(
         outputs = run.run_all(truncated, checkpointed or truncated, offload=policy.offload or truncated)
     if head is not None:
         results = (torch.cat(parts, dim=1) for parts in zip(*(output.hidden_states for output in outputs)))
-        return as_output(outputs[0].last_hidden_state, *map(layout.restore, results))
+        return as_output(outputs[0].last_hidden_state, *map(layout.restore, results), valid)
     return join_outputs(outputs, layout.restore)
 
 
