@@ -82,7 +82,7 @@ class Replaying:
             capture(step)
             if recorded:
                 with Recording() as step.graph:
-                    step.forward()
+                    step.step()
 
         patch.setattr(graph.DecodeStep, "replay", counted_replay)
         patch.setattr(graph.DecodeStep, "capture", counted_capture)
@@ -498,6 +498,77 @@ def test_the_next_cache_has_the_graph_at_once(replaying, model, monkeypatch) -> 
     assert len(steps_of(model).idle) == 1 and not steps_of(model).lent
 
 
+def counting(monkeypatch, owner: object, name: str) -> list[int]:
+    """The calls of a function that is then called as ever."""
+    calls, function = [], getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_between_evictions_neither_mask_nor_model_is_looked_at(replaying, model, monkeypatch, padded: bool) -> None:
+    """Inside of one `generate` call, whose own loop adds valid columns and nothing else."""
+    looks, checks = counting(monkeypatch, graph, "first_slots"), counting(monkeypatch, step.Snapshot, "holds")
+    given = batch() if padded else dict(input_ids=tokens(7))
+    expected = replaying.off(model.generate, **given, **GREEDY)
+    assert torch.equal(model.generate(**given, **GREEDY), expected) and replaying.count == 23
+    evictions = 8  # of 2 thoughts from 8 on: before thoughts 8, 10, ..., 22
+    assert len(looks) == padded * (1 + evictions) and len(checks) == evictions
+    model.generate(**given, **GREEDY)
+    assert replaying.captures == 1 and len(checks) == 2 * evictions + 1  # once when the step is borrowed
+
+
+def test_a_loop_of_its_own_is_looked_at(replaying, model, monkeypatch) -> None:
+    """A custom loop may do anything with its mask."""
+    looks = counting(monkeypatch, graph, "first_slots")
+    ids = tokens(30)
+
+    def loop(*args, **kwargs):
+        mask, cache, outputs = kwargs["attention_mask"], kwargs["past_key_values"], []
+        for t in range(7, 30):
+            columns = slice(0, 7) if t == 7 else slice(t - 1, t)
+            if t == 20:
+                mask = mask.clone()
+                mask[1, 5] = 0
+            outputs.append(model(ids[:, columns], attention_mask=mask, past_key_values=cache).logits[:, -1])
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        return torch.stack(outputs, dim=1)
+
+    def run() -> torch.Tensor:
+        given = dict(input_ids=ids[:, :7], attention_mask=left_padded(ids[:, :7]))
+        return model.generate(**given, past_key_values=PTECache(), custom_generate=loop)
+
+    expected = replaying.off(run)
+    assert relative_error(run(), expected) < 1e-10
+    assert replaying.count == 12 and len(looks) == 22
+
+
+@pytest.mark.parametrize("kind", ["hook", "mode"])
+def test_changes_inside_of_a_generation_are_noticed(replaying, model, kind: str) -> None:
+    """By somebody who is called for every token."""
+    seen = []
+
+    class Watcher(Words):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.seen) == 17:
+                if kind == "hook":
+                    model.get_decoder().norm.register_forward_hook(lambda *args: seen.append(args))
+                else:
+                    model.train()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.generate(input_ids=tokens(7, rows=1), streamer=Watcher(), **GREEDY)
+    assert len(seen) == (14 if kind == "hook" else 0)
+    assert replaying.captures == (1 if kind == "hook" else 2)
+
+
 @pytest.mark.parametrize("kind", ["rows", "longer", "much shorter", "inference mode", "adapters"])
 def test_other_shapes_have_other_graphs(replaying, model, kind: str) -> None:
     ids = tokens(9)
@@ -759,6 +830,7 @@ def test_workspaces_are_the_graphs_own(model, monkeypatch) -> None:
     decode_step.ids = torch.empty(1, 1)
     monkeypatch.setattr(step.DecodeStep, "is_on_gpu", True)
     monkeypatch.setattr(step.DecodeStep, "forward", lambda self: events.append("step"))
+    decode_step.slot = torch.zeros(1)
     monkeypatch.setattr(step.DecodeStep, "try_out", lambda self: events.append("trial"))
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: events.append("forget"), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -954,3 +1026,28 @@ def test_reserve() -> None:
     assert data is slots.data and data is slots.reserve(2)
     assert slots.reserve(10).shape == (1, 1, 10, 2) and slots.data is not data
     assert slots.length == 3 and torch.equal(slots.view, torch.arange(6.0).view(1, 1, 3, 2))
+
+
+def test_live_adapters_are_never_stale(model) -> None:
+    """They are kept between calls, by what they depend on."""
+    attachment = model.get_decoder().pte_attachment
+
+    def names() -> tuple[str, ...]:
+        found = dict.fromkeys(name for encoder in attachment.encoders for name in encoder.live_adapters)
+        assert attachment.active()[1] == tuple(found)
+        return tuple(found)
+
+    assert names() == ("default",)
+    with model.disable_adapter():
+        assert names() == ()
+    model.add_adapter("second", model.peft_config["default"])
+    assert names() == ("default",)
+    model.base_model.set_adapter(["second", "default"])
+    assert names() == ("second", "default")
+    for encoder in attachment.encoders:
+        encoder._active_adapter.remove("default")  # in place
+    assert names() == ("second",)
+    model.delete_adapter("second")
+    assert names() == tuple(attachment.encoders[0].live_adapters)
+    copied = copy.deepcopy(model).get_decoder().pte_attachment
+    assert copied.active() == attachment.active()

@@ -46,6 +46,7 @@ class PTECache(DynamicCache):
         self.policy: CachePolicy | None = None
         self.adapters: tuple[str, ...] = ()
         self.schedule: Schedule | None = None  # known when the prompt is complete, for window_size="prompt"
+        self.loop: object | None = None  # the `generate` call that made or took it, see hooks/border.py
         self.prompt_length: int | None = None
         self.positions = SlotBuffer()  # [B, 1, slots, 1], absolute position of every stored token
         self.evicted: list[int] = []  # tokens, by row

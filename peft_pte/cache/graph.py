@@ -134,6 +134,7 @@ class Replays:
         self.num_waiting = EAGER_STEPS
         self.storage: Callable[[], torch.Tensor | None] = lambda: None
         self.has_failed = False
+        self.checked: tuple[Any, ...] | None = None  # the situation that was found to be right
 
     @property
     def step(self) -> DecodeStep | None:
@@ -196,6 +197,38 @@ def first_slots(mask: torch.Tensor) -> torch.Tensor | None:
 
 
 @uncompiled
+def ready_step(
+    decoder: nn.Module,
+    cache: PTECache,
+    inputs: dict[str, torch.Tensor],
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    call: object | None,
+) -> DecodeStep | None:
+    """The step of a cache if only the token is new since the last one, so that neither mask nor model need a look.
+
+    That is between evictions, inside of one `generate` call: looking at a mask waits for the device, and there are
+    thousands of tensors that might have moved. Arguments as in `replayed_step`, with the whole mask; called before the
+    token's position is noted.
+    """
+    replays = REPLAYS.get(cache) if call is not None and cache.cuda_graph else None
+    step = None if replays is None else replays.step
+    if (
+        step is None
+        or replays.checked != situation(cache, mask, call)
+        or not is_plain_step(decoder, cache, inputs, kwargs)
+        or not (step.snapshot.of() is decoder and step.serves(cache) and step.snapshot.seems_to_hold())
+    ):
+        return None
+    return step
+
+
+def situation(cache: PTECache, mask: torch.Tensor | None, call: object | None) -> tuple[Any, ...] | None:
+    """What decides about a mask, and whether the model may have changed: as long as it is equal, neither has."""
+    return None if call is None else (call, mask is None, list(cache.evicted), list(cache.lead))
+
+
+@uncompiled
 def replayed_step(
     decoder: nn.Module,
     original: Callable[..., BaseModelOutputWithPast],
@@ -204,6 +237,7 @@ def replayed_step(
     mask: torch.Tensor | None,
     positions: torch.Tensor,
     kwargs: dict[str, Any],
+    call: object | None,
 ) -> BaseModelOutputWithPast | None:
     """The decoder's output for one new token, or None if it has to be computed by `original`.
 
@@ -211,7 +245,7 @@ def replayed_step(
 
     Args:
         inputs: `input_ids` [B, 1]. mask: [B, stored + 1] without evicted columns, or None. positions: [B, 1].
-        kwargs: what else the decoder was called with.
+        kwargs: what else the decoder was called with. call: stands for the `generate` call, None outside of any.
     """
     if not cache.cuda_graph or not is_plain_step(decoder, cache, inputs, kwargs):
         return None
@@ -236,4 +270,5 @@ def replayed_step(
             return None
         replays.keep(cache, steps, step)
     step.load(cache, ids, positions, first)
+    replays.checked = situation(cache, mask, call)
     return step.replay(cache)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import operator
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,9 +69,13 @@ class Snapshot:
         modules = list(decoder.modules())
         self.children = [m._modules for m in modules if m._modules]
         self.known_children = [dict(table) for table in self.children]
-        self.tensor_tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
-        self.entries = list(self._entries())  # alive: no other gets their identities
-        self.tensors = [tensor for tensor in self.entries if tensor is not None]
+        tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+        self.tensor_tables = [table for table in tables if not any(map(is_scalar, table.values()))]
+        self.known_tensors = [dict(table) for table in self.tensor_tables]
+        # Tensors of one element, which may be equal without being the same.
+        self.scalar_tables = [table for table in tables if any(map(is_scalar, table.values()))]
+        self.known_scalars = [list(table.values()) for table in self.scalar_tables]
+        self.tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
         self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
         self.hooks = [table for m in modules for table in (m._forward_pre_hooks, m._forward_hooks)]
         self.known_hooks = [dict(table) for table in self.hooks]
@@ -84,8 +86,16 @@ class Snapshot:
         self.configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
         self.known_configs = [lasting(vars(config)) for config in self.configs]
 
-    def _entries(self) -> Iterator[torch.Tensor | None]:
-        return itertools.chain.from_iterable(map(dict.values, self.tensor_tables))
+    def _has_same_tensors(self) -> bool:
+        try:
+            # Dictionaries compare values by identity first. Other tensors have no single truth value, which raises.
+            has_same = self.tensor_tables == self.known_tensors
+        except Exception:
+            return False
+        return has_same and all(
+            len(table) == len(known) and all(map(operator.is_, table.values(), known))
+            for table, known in zip(self.scalar_tables, self.known_scalars)
+        )
 
     def _has_same_hooks(self) -> bool:
         if self.next_hook != RemovableHandle.next_id:
@@ -94,16 +104,17 @@ class Snapshot:
             self.next_hook = RemovableHandle.next_id
         return True
 
+    def seems_to_hold(self) -> bool:
+        """Whether mode and hooks are as they were: enough inside of a call that does not change the model."""
+        decoder = self.of()
+        return decoder is not None and decoder.training == self.is_training and self._has_same_hooks()
+
     def holds(self) -> bool:
         """Whether all is as it was. A hook that was taken off since does not count: ours go with their modules."""
-        decoder = self.of()
         return (
-            decoder is not None
-            and decoder.training == self.is_training
-            and self._has_same_hooks()
+            self.seems_to_hold()
             and self.children == self.known_children
-            and len(self.entries) == sum(map(len, self.tensor_tables))
-            and all(map(operator.is_, self._entries(), self.entries))
+            and self._has_same_tensors()
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
         )
 
@@ -116,6 +127,10 @@ class Snapshot:
             and all(map(is_same, self.attributes, self.known_attributes))
             and all(is_same(vars(config), known) for config, known in zip(self.configs, self.known_configs))
         )
+
+
+def is_scalar(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.numel() == 1
 
 
 def lasting(attributes: dict[str, Any]) -> dict[str, Any]:

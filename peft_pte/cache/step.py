@@ -12,6 +12,8 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from enum import Enum
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -37,6 +39,17 @@ KNOWN_ARGUMENTS = {"position_ids", "use_cache", "cache_position"}
 # A step may have so many slots more than a cache needs.
 SPARE_SLOTS = SlotBuffer.GROWTH
 WARM_UP_STEPS = 2  # after a first one, which is watched
+
+
+class Unchanged(Enum):
+    """Says of an argument that it is what it was in the step before."""
+
+    UNCHANGED = "unchanged"
+
+
+UNCHANGED = Unchanged.UNCHANGED
+# Whole tables at once, for all layers of a cache.
+keys_in, values_in, states_in = map(operator.attrgetter, ("key_slots.data", "value_slots.data", "states"))
 
 
 class StepLayer(CacheLayerMixin):
@@ -147,9 +160,13 @@ class DecodeStep:
             StepLayer(*(slots.reserve(layer.limit) for slots in (layer.key_slots, layer.value_slots)), self.slot)
             for layer in cache.layers
         ]
+        self.keys, self.values = [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
         self.cache = Cache(layers=self.layers)
         self.sources: list[torch.Tensor] = []  # the cache's states that were copied last
+        self.states: list[torch.Tensor] = []  # copies of them, of all layers
         self.num_evicted: list[int] | None = None
+        self.slot_value: int | None = None  # what the host knows of `slot` and `first`
+        self.has_first = False
         self.known_uses: list[tuple[int, int]] = []
         self.attended = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -164,7 +181,8 @@ class DecodeStep:
         return (
             torch.is_inference_mode_enabled() == self.is_inference
             and cache.layers[0].key_slots.length < self.layers[0].keys.shape[2]
-            and all(own is slots.data for own, slots in self.pairs(cache))
+            and all(map(operator.is_, self.keys, map(keys_in, cache.layers)))
+            and all(map(operator.is_, self.values, map(values_in, cache.layers)))
         )
 
     def pairs(self, cache: PTECache) -> Iterator[tuple[torch.Tensor, SlotBuffer]]:
@@ -211,8 +229,7 @@ class DecodeStep:
         Somebody may keep a view of a cache that is gone, or its layers; then the slots cannot be another cache's.
         """
         count = getattr(torch._C, "_storage_Use_Count", lambda address: 0)
-        slots = [x for layer in self.layers for x in (layer.keys, layer.values)]
-        return [(sys.getrefcount(x), count(x.untyped_storage()._cdata)) for x in slots]
+        return [(sys.getrefcount(x), count(x.untyped_storage()._cdata)) for x in (*self.keys, *self.values)]
 
     def note_uses(self) -> None:
         """Remember how often the slots are referred to now, but for the cache's own reference to them."""
@@ -222,28 +239,39 @@ class DecodeStep:
         """Whether nobody refers to the slots but the step."""
         return self.count_uses() == self.known_uses
 
-    def load(self, cache: PTECache, ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor | None) -> None:
-        """Bring everything that changes between steps into the tensors that the graph reads."""
-        self.ids.copy_(ids)
-        self.positions.copy_(positions)
-        self.slot.fill_(cache.layers[0].key_slots.length)
+    def load(
+        self, cache: PTECache, ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor | None | Unchanged
+    ) -> None:
+        """Bring everything that changes between steps into the tensors that the graph reads.
+
+        `first`: of each row the first slot in use, [B]; None if that is 0.
+        """
+        torch._foreach_copy_([self.ids, self.positions], [ids, positions])
+        if self.slot_value != cache.layers[0].key_slots.length:  # the step itself moves on by one
+            self.slot_value = cache.layers[0].key_slots.length
+            self.slot.fill_(self.slot_value)
         if first is None:
-            self.first.zero_()
-        else:
+            if self.has_first:
+                self.first.zero_()
+            self.has_first = False
+        elif first is not UNCHANGED:
             self.first.copy_(first)
+            self.has_first = True
         if cache.evicted != self.num_evicted:  # what is gone may still have to be encoded
             for attention, encoder in self.encoders:
                 cache.layers[attention.layer_idx].states_for(encoder, attention, len(ids))
             self.num_evicted, self.sources = list(cache.evicted), []
-        sources = [state for layer in cache.layers for state in layer.states.values()]
+        sources = list(chain.from_iterable(map(dict.values, map(states_in, cache.layers))))
         if len(sources) == len(self.sources) and all(map(operator.is_, sources, self.sources)):
             return
-        for own, layer in zip(self.layers, cache.layers):
-            for name, state in layer.states.items():
-                if name in own.states:
-                    own.states[name].copy_(state)
-                else:
-                    own.states[name] = state.clone(memory_format=torch.contiguous_format)
+        if not self.states:  # the first step
+            for own, layer in zip(self.layers, cache.layers):
+                own.states = {
+                    name: state.clone(memory_format=torch.contiguous_format) for name, state in layer.states.items()
+                }
+            self.states = [state for own in self.layers for state in own.states.values()]
+        else:
+            torch._foreach_copy_(self.states, sources)
         self.sources = sources
 
     def forward(self) -> None:
@@ -268,6 +296,11 @@ class DecodeStep:
             raise Unsupported("its attention modules do not use the function that the configuration names")
         self.hidden_states = output.last_hidden_state
 
+    def step(self) -> None:
+        """What is captured: the step, which moves on to the next slot at its end."""
+        self.forward()
+        self.slot.add_(1)
+
     def try_out(self) -> None:
         """Raise `Unsupported` if the step does something that cannot be captured."""
         with Trial():
@@ -278,6 +311,7 @@ class DecodeStep:
 
         They compute the step that was loaded, any number of times with the same result.
         """
+        self.slot_value = None  # a capture may compute or not
         if not self.is_on_gpu:
             self.try_out()
             return
@@ -293,19 +327,25 @@ class DecodeStep:
                 forget_workspaces()
                 # Other threads may go on using the GPU. The stream is ours, since the default one is of one device.
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self.forward()
+                    self.step()
             finally:
                 torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
                 current.wait_stream(stream)
                 forget_workspaces()
         self.graph = graph
 
+    def go_on(self, cache: PTECache, ids: torch.Tensor, positions: torch.Tensor) -> BaseModelOutputWithPast:
+        """A step after another of the same cache, with a mask that starts where it did."""
+        self.load(cache, ids, positions, UNCHANGED)
+        return self.replay(cache)
+
     def replay(self, cache: PTECache) -> BaseModelOutputWithPast:
         """Compute the step that was loaded, and note in the cache that its token is stored."""
         if self.graph is None:
-            self.forward()
+            self.step()
         else:
             self.graph.replay()
+        self.slot_value += 1
         for layer in cache.layers:
             layer.note_stored(1)
         # A copy, because the next replay writes to the same memory.

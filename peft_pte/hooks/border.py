@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,10 +23,22 @@ from ..compiling import uncompiled
 from ..host import cache_in, rename_cache
 from ..replay.heads import current_head, first_labels
 
+
+class Generation(NamedTuple):
+    """A `generate` that is running.
+
+    `prompt`: [B, P] or [B, P, D], None for the BOS token alone. `own_loop`: stands for this call if its loop is
+    transformers' own, which adds valid columns to the mask and does nothing else; else None.
+    """
+
+    decoder: nn.Module
+    prompt: torch.Tensor | None
+    own_loop: object | None
+
+
 # (decoder, border [B]) while the top model's forward runs.
 current_border: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_border", default=None)
-# (decoder, prompt: [B, P] or [B, P, D], None for the BOS token alone) while `generate` runs.
-current_prompt: ContextVar[tuple[nn.Module, torch.Tensor | None] | None] = ContextVar("pte_prompt", default=None)
+current_generation: ContextVar[Generation | None] = ContextVar("pte_generation", default=None)
 # (tokens [B, T], border [B]) of the batch that a trainer computes its loss of.
 current_batch: ContextVar[tuple[torch.Tensor, torch.Tensor] | None] = ContextVar("pte_batch", default=None)
 
@@ -54,10 +66,10 @@ def prompt_length_of(decoder: nn.Module, x: torch.Tensor, seen: int) -> int | No
 
     None if there is none, if its prompt is over, or if `x` is another text.
     """
-    noted = current_prompt.get()
-    if noted is None or noted[0] is not decoder:
+    generation = current_generation.get()
+    if generation is None or generation.decoder is not decoder:
         return None
-    prompt = noted[1]
+    prompt = generation.prompt
     if prompt is None:
         return 1 if seen == 0 and x.shape[1] == 1 else None
     rest = prompt[:, seen : seen + x.shape[1]]

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..cache.cache import PTECache
 from ..cache.eviction import evict
-from ..cache.graph import replayed_step
+from ..cache.graph import ready_step, replayed_step
 from ..compiling import decides, uncompiled
 from ..config import CachePolicy
 from ..host import DecoderOutput, cache_in, call_with_cache, set_cache, take_cache
@@ -31,7 +31,7 @@ from ..replay.heads import (
 )
 from ..replay.replay import agreed_maximum, join_outputs, replay
 from ..replay.segments import embedded_rows, layer_checkpointing_off
-from .border import current_border, named_arguments, prompt_length_of, warn_caller
+from .border import current_border, current_generation, named_arguments, prompt_length_of, warn_caller
 from .calls import TURN_STREAMS, Facts, decide
 
 
@@ -72,6 +72,8 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         warn_caller(call.warning)
     if call.kind == "cached":
         cache = PTECache.adopt(PTECache() if cache is None else cache)
+        if facts.is_generate:
+            cache.loop = current_generation.get().own_loop
         if call.border == "said":
             prompt_length = same_border(border)
         elif call.border == "generate" and cache.holds_thoughts:
@@ -159,6 +161,10 @@ def cached_forward(
     """Feed any number of tokens to the cache; the result does not depend on how many come at once."""
     (x,) = inputs.values()
     batch_size, length = x.shape[:2]
+    generation = current_generation.get()
+    # A cache that a logits processor, say, uses in between belongs to a loop of its own.
+    is_own_loop = generation is not None and generation.own_loop is cache.loop
+    call = cache.loop if is_own_loop else None
     cache.bind(policy, adapters, decoder.config.num_hidden_layers, batch_size)
     seen = cache.get_seq_length()
     mask = kwargs.pop("attention_mask", None)
@@ -174,10 +180,14 @@ def cached_forward(
     while start < length:
         evict(cache, mask, decoder)
         end = min(length, start + cache.room())
-        step_mask = cache.compact_mask(mask, end - start)
+        step = ready_step(decoder, cache, inputs, mask, kwargs, call)
+        step_mask = None if step is not None else cache.compact_mask(mask, end - start)
         cache.begin_step(positions[:, start:end])
         with layer_checkpointing_off(decoder):
-            output = replayed_step(decoder, original, cache, inputs, step_mask, positions, kwargs)
+            if step is not None:
+                output = step.go_on(cache, inputs["input_ids"], positions)
+            else:
+                output = replayed_step(decoder, original, cache, inputs, step_mask, positions, kwargs, call)
             if output is None:
                 output = call_with_cache(
                     decoder,

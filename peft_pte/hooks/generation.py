@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import GenerationMixin
 
 from ..cache.cache import PTECache, refuse_rollback
 from ..host import cache_in, rename_cache
-from .border import current_prompt, named_arguments
+from .border import Generation, current_generation, named_arguments
 
 
 class SampledLogProbs:
@@ -43,6 +44,8 @@ class SampledLogProbs:
 
 
 current_recorder: ContextVar[SampledLogProbs | None] = ContextVar("pte_recorder", default=None)
+
+GROWING = "_update_model_kwargs_for_generation"  # adds a column to the mask
 
 REFUSED_GENERATION = {
     "prompt_lookup_num_tokens": "prompt-lookup decoding rolls the cache back, but evicted thoughts cannot come back",
@@ -83,7 +86,10 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
     for name in ("input_ids", "inputs"):
         inputs = call.get(name) if inputs is None else inputs
     # Without inputs, `generate` starts from the BOS token.
-    token = current_prompt.set((attachment.decoder, inputs))
+    is_own = option("custom_generate") is None and getattr(type(top), GROWING, None) is getattr(
+        GenerationMixin, GROWING
+    )
+    token = current_generation.set(Generation(attachment.decoder, inputs, object() if is_own else None))
     args, kwargs = (), rename_cache(dict(call), type(top).generate)
     recorder = current_recorder.get()
     if recorder is not None:
@@ -92,7 +98,7 @@ def around_generate(top: nn.Module, original: Callable[..., Any], *args: Any, **
     try:
         return original(*args, **kwargs)
     finally:
-        current_prompt.reset(token)
+        current_generation.reset(token)
 
 
 def refuse_ungathered(top: nn.Module) -> None:
