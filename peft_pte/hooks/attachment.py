@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,9 @@ from ..cache.graph import Steps
 from ..compiling import decides
 from ..config import CachePolicy, PTEConfig
 from ..encoder import ThoughtEncoder
+
+# What an encoder's `live_adapters` depends on.
+SWITCHES = operator.attrgetter("_disable_adapters", "_active_adapter", "pte_rule")
 
 
 class Ref:
@@ -52,6 +56,7 @@ class Attachment:
         self.configs: dict[str, PTEConfig] = {}
         self.encoders: list[ThoughtEncoder] = []
         self.handles: list[Any] = []
+        self._known: tuple[list[tuple], tuple[str, ...]] = ([], ())
         self.steps = Steps()  # of decoding, captured
         # With output embeddings, labels are tokens; those of a classifier or a reward model are something else.
         embeddings = getattr(top, "get_output_embeddings", None)  # of the instance: the base may be a PeftModel
@@ -73,7 +78,7 @@ class Attachment:
         Raises:
             ValueError: adapters with different policies are active together.
         """
-        names = tuple(dict.fromkeys(name for encoder in self.encoders for name in encoder.live_adapters))
+        names = self._live_names()
         policies = {name: self.configs[name].cache_policy for name in names}
         if len(set(policies.values())) > 1:
             raise ValueError(
@@ -82,6 +87,18 @@ class Attachment:
                 "gradient and offload."
             )
         return (policies[names[0]] if names else None), names
+
+    def _live_names(self) -> tuple[str, ...]:
+        """The live adapters of all encoders; found anew only when what they depend on has changed.
+
+        It is asked for twice a token, and what `live_adapters` computes for a layer takes longer than a comparison.
+        """
+        now = list(map(SWITCHES, self.encoders))
+        known, names = self._known
+        if now != known:
+            names = tuple(dict.fromkeys(name for encoder in self.encoders for name in encoder.live_adapters))
+            self._known = [tuple(map(copy.copy, switches)) for switches in now], names  # lists may change in place
+        return names
 
     def trains(self) -> bool:
         """Whether this call builds a graph for the adapter's parameters."""
