@@ -231,10 +231,10 @@ CALL_ERRORS: list[tuple[str, Callable[[PeftModel], Any], type[Exception], str]] 
     ("prompt length too large", lambda m: m(input_ids=IDS, prompt_lengths=21), ValueError, "integer in [0, 20]"),
     ("prompt length a float", lambda m: m(input_ids=IDS, prompt_lengths=2.5), ValueError, "got 2.5"),
     (
-        "prompt length with a filled cache",
+        "a shorter prompt with a filled cache",
         lambda m: m(input_ids=IDS, prompt_lengths=5, past_key_values=filled(m)),
         ValueError,
-        "its prompt border is known",
+        "The prompt is to have 5 columns, but this cache was told 20 and has seen 20",
     ),
     (
         "ragged borders with a cache",

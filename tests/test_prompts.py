@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,17 +15,6 @@ from test_policy import Case, cases
 
 from peft_pte import PTECache
 from peft_pte.config import CachePolicy
-from peft_pte.hooks.border import current_prompt
-
-
-@contextmanager
-def prompt_of(model: Any, length: int) -> Iterator[None]:
-    """As `generate` says it: the prompt has so many columns."""
-    token = current_prompt.set((model.get_decoder(), length))
-    try:
-        yield
-    finally:
-        current_prompt.reset(token)
 
 
 @settings(max_examples=60)
@@ -42,12 +29,10 @@ def test_prompts_in_several_calls(case: Case, spare: int, data: st.DataObject) -
     while start < batch.border:
         end = data.draw(st.integers(start + 1, batch.border))
         told = max(told, data.draw(st.integers(end, batch.border)))
-        with prompt_of(model, told):
-            call = batch.ids[:, start:end], batch.mask[:, :end], [end - start]
-            outputs.append(decode(model, *call, cache)[0])
+        call = batch.ids[:, start:end], batch.mask[:, :end], [end - start]
+        outputs.append(decode(model, *call, cache, prompt_lengths=told)[0])
         start = end
-    with prompt_of(model, batch.border):
-        outputs.append(decode(model, batch.ids[:, start:], batch.mask, rest, cache)[0])
+    outputs.append(decode(model, batch.ids[:, start:], batch.mask, rest, cache, prompt_lengths=batch.border)[0])
     valid = batch.mask.bool()
     assert relative_error(torch.cat(outputs, dim=1)[valid], expected[valid]) <= 1e-10
     assert cache.num_evicted == whole.num_evicted and cache.schedule == whole.schedule
@@ -65,9 +50,8 @@ def test_a_shared_prompt_is_read_once(window_size) -> None:
     for row, prompt in enumerate((9, 12)):
         expected, whole = decode(model, ids[row : row + 1], None, [prompt] + [1] * (40 - prompt))
         cache = copy.deepcopy(shared)
-        with prompt_of(model, prompt):
-            sizes = [prompt - 5] + [1] * (40 - prompt)
-            logits, _ = decode(model, ids[row : row + 1, 5:], None, sizes, cache)
+        sizes = [prompt - 5] + [1] * (40 - prompt)
+        logits, _ = decode(model, ids[row : row + 1, 5:], None, sizes, cache, prompt_lengths=prompt)
         assert relative_error(logits, expected[:, 5:]) <= 1e-10
         assert cache.num_evicted == whole.num_evicted and cache.num_evicted[0] > 10
     assert shared.get_seq_length() == shared.prompt_length == 5

@@ -154,7 +154,7 @@ def border_of(
     if prompt_lengths is not None:
         # With a cache the rest of the prompt may come later.
         most = None if past is not None or call.get("use_cache") else length
-        return checked_lengths(prompt_lengths, batch_size, seen, most, x.device)
+        return checked_lengths(prompt_lengths, batch_size, most, x.device)
     if seen:
         return None
     labels, logits_to_keep = call.get("labels"), call.get("logits_to_keep")
@@ -176,19 +176,16 @@ def border_of(
     return border_of_batch(x)
 
 
-def checked_lengths(
-    prompt_lengths: Any, batch_size: int, seen: int, most: int | None, device: torch.device
-) -> torch.Tensor:
-    """`prompt_lengths` as a tensor [B], counted from the sequence's first column."""
+def checked_lengths(prompt_lengths: Any, batch_size: int, most: int | None, device: torch.device) -> torch.Tensor:
+    """`prompt_lengths` as a tensor [B]; with a cache they are counted from the first column that it has seen."""
     border = torch.as_tensor(prompt_lengths, device=device)
     border = border.expand(batch_size) if border.ndim == 0 else border
     fits = border.shape == (batch_size,) and not border.is_floating_point()
-    if not fits or not bool(((border >= seen) & (border <= (border if most is None else most))).all()):
-        wanted = f"one integer in [{seen}, {most}]" if most is not None else f"one integer, {seen} or more,"
+    if not fits or not bool(((border >= 0) & (border <= (border if most is None else most))).all()):
+        wanted = "one integer >= 0" if most is None else f"one integer in [0, {most}]"
         raise ValueError(
             f"`prompt_lengths` must hold {wanted} for each of the {batch_size} rows (the column at which the "
             f"completion begins, padding counted), got {prompt_lengths!r}."
-            + (f" The cache has seen {seen} columns already." if seen else "")
         )
     return border.long()
 
