@@ -15,12 +15,20 @@ from .model_card import CARD, add_loading_code
 class CachePolicy(NamedTuple):
     """The part of a configuration that decides what is in the KV cache; adapters active together must agree on it."""
 
-    window_size: Union[int, str]
+    window_size: Union[int, Literal["prompt"]]
     eviction_ratio: float
     eviction_policy: str
-    retained_prefix: Union[int, str]
+    retained_prefix: Union[int, Literal["prompt"]]
     gradient: str
     offload: bool
+
+    def prefix(self, prompt_length: int) -> int:
+        """How many columns are never evicted, if the prompt has so many."""
+        return prompt_length if self.retained_prefix == "prompt" else self.retained_prefix
+
+    def window(self, prompt_length: int) -> int:
+        """How many thoughts stay, if the longest prompt has so many tokens."""
+        return max(1, prompt_length) if self.window_size == "prompt" else self.window_size
 
 
 @dataclass
@@ -144,10 +152,10 @@ class PTEConfig(PeftConfig):
     offload: bool = field(
         default=False, metadata={"help": "Checkpointed segments keep keys, values and states in host memory."}
     )
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: Optional[Union[list[str], str, set[str]]] = field(
         default=None, metadata={"help": "Attention projections to adapt. Default: all of them."}
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: Optional[Union[list[str], str, set[str]]] = field(
         default=None, metadata={"help": "Modules to exclude from adaptation."}
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
@@ -173,8 +181,7 @@ class PTEConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if self.state_norm is None:
-            self.state_norm = "bound" if self.state_update == "delta" else "read"
+        self.state_norm = self.norm
         self._validate()
 
     @classmethod
@@ -202,6 +209,13 @@ class PTEConfig(PeftConfig):
                 add_loading_code(folder, base)
             else:  # an adapter with a name of its own lies in a subfolder of the model's
                 add_loading_code(folder.parent, base, subfolder=folder.name)
+
+    @property
+    def norm(self) -> Literal["bound", "read", "write", "none"]:
+        """`state_norm`, or its default."""
+        if self.state_norm is not None:
+            return self.state_norm
+        return "bound" if self.state_update == "delta" else "read"
 
     @property
     def cache_policy(self) -> CachePolicy:

@@ -135,7 +135,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         """Add (or replace) the parameters of one adapter."""
         r, d_kv, num_tokens = config.r, self.d_kv, config.num_global_tokens
         self.pte_rule[adapter_name] = StateRule(
-            r, num_tokens, config.state_update, config.state_norm, config.state_norm_type, config.encode_keys
+            r, num_tokens, config.state_update, config.norm, config.state_norm_type, config.encode_keys
         )
         self.pte_query_tokens[adapter_name] = TokenTable(r, d_kv)
         if num_tokens:

@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import nn
 
 from .host import CACHE_NAMES, cache_argument, versions
-from .rotary import rotation_of
+from .rotary import find_rotation
 
 # Projections of an attention module, by their names in transformers.
 SPLIT_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -93,6 +93,6 @@ def find_decoder(model: nn.Module) -> nn.Module:
             f"its rotary embedding ({rope_type}) depends on the length of each forward, so that cached keys of one "
             "sequence have several rotations, and training could not compute what decoding did."
         )
-    if any(rotation_of(attention) is None for attention in attentions):
+    if any(find_rotation(attention) is None for attention in attentions):
         refuse("its rotary embedding is not applied by an `apply_rotary_pos_emb`, so positions cannot be taken out.")
     return decoder

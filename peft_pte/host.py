@@ -126,7 +126,8 @@ def call_with_cache(
     decoder: nn.Module, forward: Callable[..., BaseModelOutputWithPast], cache: Cache, **kwargs: Any
 ) -> BaseModelOutputWithPast:
     """Call the decoder's own `forward` (somebody's wrapper of it, maybe) with a cache."""
-    return forward(**{cache_argument(type(decoder).forward): cache}, **kwargs)
+    name = cache_argument(type(decoder).forward) or CACHE_NAME  # `find_decoder` has seen that there is one
+    return forward(**{name: cache}, **kwargs)
 
 
 @uncompiled

@@ -64,9 +64,9 @@ def widths_of(layer: nn.Module) -> tuple[int, int] | None:
     but say their widths.
     """
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        widths = tuple(getattr(layer, name, None) for name in names)
-        if all(isinstance(width, int) for width in widths):
-            return widths
+        width_in, width_out = (getattr(layer, name, None) for name in names)
+        if isinstance(width_in, int) and isinstance(width_out, int):
+            return width_in, width_out
     children = list(layer.children())
     found = [widths for widths in map(widths_of, children) if widths is not None]
     return found[0] if len(found) == len(children) == 1 else None
@@ -174,7 +174,10 @@ class Linear(nn.Module, PTELayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PTEConfig):
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = widths_of(base_layer)
+        widths = widths_of(base_layer)
+        if widths is None:
+            raise TypeError(f"A {type(base_layer).__name__} does not say its `in_features` and `out_features`.")
+        self.in_features, self.out_features = widths
         self.pte_scaling: dict[str, float] = {}
         self.pte_A = nn.ModuleDict({})
         self.pte_B = nn.ModuleDict({})

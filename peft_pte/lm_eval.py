@@ -50,7 +50,7 @@ class PTEHFLM(HFLM):
             raise ValueError(f"`backend={self.backend!r}` is not supported with PTE: it is for decoder-only models.")
         ordered = Collator(requests, sort_fn=lambda request: (-len(request[1] + request[2]), request[1] + request[2]))
         automatic = self.batch_size == "auto" and not override_bs
-        self.batch_sizes = {}  # of the automatic search, which is of these requests
+        self.batch_sizes: dict[int, int] = {}  # of the automatic search, which is of these requests
         size = override_bs or (0 if automatic else int(self.batch_size))
         batches = ordered.get_batched(n=size, batch_fn=self._batch_scheduler if automatic and requests else None)
         results = []

@@ -10,9 +10,11 @@ from torch import nn
 
 from peft_pte_kernels import Rotation
 
+Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (q, k, cos, sin) -> (q, k)
 
-def rotation_of(attention: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """The `apply_rotary_pos_emb(q, k, cos, sin)` that this attention module uses, if its modeling file has one."""
+
+def find_rotation(attention: nn.Module) -> Rotate | None:
+    """The `apply_rotary_pos_emb` that this attention module uses, if its modeling file has one."""
     for cls in type(attention).__mro__:  # FSDP2 puts a class of its own in front
         rotation = getattr(sys.modules[cls.__module__], "apply_rotary_pos_emb", None)
         if rotation is not None:
@@ -20,16 +22,22 @@ def rotation_of(attention: nn.Module) -> Callable[..., tuple[torch.Tensor, torch
     return None
 
 
+def rotation_of(attention: nn.Module) -> Rotate:
+    """As `find_rotation`, for a module that has one (`find_decoder` refuses others)."""
+    rotation = find_rotation(attention)
+    if rotation is None:
+        raise TypeError(f"The modeling file of {type(attention).__name__} has no `apply_rotary_pos_emb`.")
+    return rotation
+
+
 # How a family rotates: whether pairs are neighbours, and which columns of its tables hold one angle of each pair.
 Style = tuple[bool, slice]
 # What `style_of` has found out, by the rotation and the class of the rotary embedding.
-STYLES: dict[tuple[Callable[..., object], type], Style | None] = {}
+STYLES: dict[tuple[Rotate, type], Style | None] = {}
 
 
 @torch.no_grad()
-def style_of(
-    rotation: Callable[..., tuple[torch.Tensor, torch.Tensor]], rotary_emb: nn.Module, device: torch.device
-) -> Style | None:
+def style_of(rotation: Rotate, rotary_emb: nn.Module, device: torch.device) -> Style | None:
     """How this function rotates with the tables of this module, found by trying; None if as none of the known ones."""
     key = (rotation, type(rotary_emb))
     if key not in STYLES:

@@ -66,8 +66,9 @@ def weights_of(modules: list[nn.Module]) -> list[torch.Tensor] | None:
 def stacked_reading(name: str, encoders: list[ThoughtEncoder]) -> Reading:
     """`ThoughtEncoder.reading` of layers that share a rule: both [L, r, r]."""
     rule = encoders[0].pte_rule[name]
-    containers = ("pte_query_tokens", "pte_query", "pte_key", "pte_value", "pte_global_tokens")
-    containers = containers if rule.num_global_tokens else containers[:-1]
+    containers = ["pte_query_tokens", "pte_query", "pte_key", "pte_value"]
+    if rule.num_global_tokens:
+        containers.append("pte_global_tokens")
     columns = [weights_of([getattr(encoder, container)[name] for encoder in encoders]) for container in containers]
     # In every process each parameter has a gradient, also where nothing has been evicted: DDP waits for it.
     touches = torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
@@ -78,11 +79,12 @@ def stacked_reading(name: str, encoders: list[ThoughtEncoder]) -> Reading:
     weights = list(map(torch.stack, needed))
     dtype = state_dtype(*weights)
     tokens, query_weight, *rest = (weight.to(dtype) for weight in weights)
-    query, projected = tokens @ query_weight.mT, ()
+    query = tokens @ query_weight.mT
     if rule.num_global_tokens:
         key_weight, value_weight, global_tokens = rest
-        projected = global_tokens @ key_weight.mT, global_tokens @ value_weight.mT
-    reading = reading_of(rule, query, *projected)
+        reading = reading_of(rule, query, global_tokens @ key_weight.mT, global_tokens @ value_weight.mT)
+    else:
+        reading = reading_of(rule, query)
     if touches:
         reading = reading._replace(initial=reading.initial + sum(weight[..., :0].sum() for weight in weights))
     return reading

@@ -25,33 +25,32 @@ def evict(cache: PTECache, mask: torch.Tensor | None, decoder: nn.Module) -> Non
     if cache.schedule is None or cache.room() > 0:
         return
     if cache.in_lockstep and cache.is_whole(mask):
-        evict_together(cache, decoder, cache.prefix)
+        evict_together(cache, decoder, cache.prefix, cache.schedule.num_evicted)
         return
     tally = cache.tally(mask)
     start = tally.common_start()
     if start is not None:
         cache.columns.take(start, tally.num_evicted)
         cache.columns_left = tally.columns
-        evict_together(cache, decoder, start)
+        evict_together(cache, decoder, start, tally.num_evicted)
         return
     if any(tally.full):
         index = tally.leaving()
         positions = KeyPositions(decoder.rotary_emb, cache.positions.gather(index)[:, 0, :, 0])
         valid = None if all(tally.full) else tally.is_full[:, None].expand(-1, tally.num_evicted)
         for layer in cache.layers:
-            gone = (slots.gather(index) for slots in (layer.key_slots, layer.value_slots))
-            layer.evicted = Evicted(*gone, positions, valid)
+            keys, values = layer.key_slots.gather(index), layer.value_slots.gather(index)
+            layer.evicted = Evicted(keys, values, positions, valid)
     cache.close_gaps(tally)
 
 
-def evict_together(cache: PTECache, decoder: nn.Module, start: int) -> None:
-    """Evict from slot `start` on, in all rows."""
-    n = cache.schedule.num_evicted
+def evict_together(cache: PTECache, decoder: nn.Module, start: int, n: int) -> None:
+    """Evict `n` slots from `start` on, in all rows."""
     positions = KeyPositions(decoder.rotary_emb, cache.positions.take(start, n)[:, 0, :, 0])
     if not evict_at_once(cache, decoder, start, n, positions, None):
         for layer in cache.layers:
-            gone = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
-            layer.evicted = Evicted(*gone, positions, None)
+            keys, values = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
+            layer.evicted = Evicted(keys, values, positions, None)
     cache.evicted = [evicted + n for evicted in cache.evicted]
 
 
@@ -74,7 +73,7 @@ def evict_at_once(
     slots = [buffer for layer in cache.layers for buffer in (layer.key_slots, layer.value_slots)]
     if torch.is_grad_enabled() or any(buffer.must_copy() for buffer in slots):
         return False
-    if len({buffer.data.device for buffer in slots}) > 1 or not dispatch.uses_triton(slots[0].data):
+    if len({buffer.storage.device for buffer in slots}) > 1 or not dispatch.uses_triton(slots[0].storage):
         return False
     layers, groups = encoders_of(decoder), []
     for name in cache.adapters:
@@ -82,12 +81,12 @@ def evict_at_once(
             for attention, encoder in group:
                 layer = cache.layers[attention.layer_idx]
                 ready = layer.evicted is None and name in layer.cores
-                if not ready or not encoder.is_fused(name, layer.key_slots.data):
+                if not ready or not encoder.is_fused(name, layer.key_slots.storage):
                     return False
             groups.append((name, group))
     for name, group in groups:
         encode_group(cache, name, group, start, count, positions, valid)
-    peft_pte_kernels.compact([buffer.data for buffer in slots], start, count, cache.stored_length + count)
+    peft_pte_kernels.compact([buffer.storage for buffer in slots], start, count, cache.stored_length + count)
     for buffer in slots:
         buffer.length -= count
     return True
@@ -109,7 +108,10 @@ def encode_group(
     layers = [cache.layers[attention.layer_idx] for attention, _ in group]
     gone = [
         Evicted(
-            *(slots.view.narrow(-2, start, count) for slots in (layer.key_slots, layer.value_slots)), positions, valid
+            layer.key_slots.view.narrow(-2, start, count),
+            layer.value_slots.view.narrow(-2, start, count),
+            positions,
+            valid,
         )
         for layer in layers
     ]

@@ -25,7 +25,7 @@ def find() -> Callable[..., Any] | None:
     return None
 
 
-FLASH = find() if torch.cuda.is_available() else None
+FLASH: Any = find() if torch.cuda.is_available() else None
 
 
 def can_attend(query: torch.Tensor, keys: torch.Tensor) -> bool:

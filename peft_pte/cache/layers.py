@@ -20,7 +20,9 @@ class PTECacheLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self) -> None:
-        # The base class's would set `keys` and `values`, which are properties here.
+        self.reset()  # and not the base class's, which would set `keys` and `values`: they are properties here
+
+    def reset(self) -> None:
         self.is_initialized = False
         self.key_slots, self.value_slots = SlotBuffer(), SlotBuffer()
         self.limit = 0
@@ -93,9 +95,6 @@ class PTECacheLayer(CacheLayerMixin):
         raise ValueError(
             "PTECache cannot be offloaded: it is small and constant in size; use it on the model's device."
         )
-
-    def reset(self) -> None:
-        self.__init__()
 
     def select(self, index: torch.Tensor) -> None:
         """Select rows of the batch, in keys, values, cores and states alike."""

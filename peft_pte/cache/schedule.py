@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Count = TypeVar("Count", int, torch.Tensor)  # of one row, or of each
 
 
 class Segment(NamedTuple):
@@ -44,11 +46,11 @@ class Schedule:
         # 1e-9: 0.29 * 100 is 28.999999999999996 in floating point.
         return cls(window, max(1, math.floor(window * eviction_ratio + 1e-9)))
 
-    def is_full(self, num_thoughts: int) -> bool:
+    def is_full(self, num_thoughts: Count) -> bool | torch.Tensor:
         """Whether an eviction comes before the next thought is stored; negative counts: the prefix is incomplete."""
         return num_thoughts >= self.window
 
-    def room(self, num_thoughts: int) -> int:
+    def room(self, num_thoughts: Count) -> Count:
         """How many tokens can be stored before the next eviction."""
         return self.window - num_thoughts
 

@@ -18,9 +18,16 @@ class SlotBuffer:
         self.length = 0
 
     @property
+    def storage(self) -> torch.Tensor:
+        """All slots, [B, H, length or more, D], once something was stored."""
+        if self.data is None:
+            raise RuntimeError("Nothing was stored yet.")
+        return self.data
+
+    @property
     def view(self) -> torch.Tensor:
         """The slots in use, [B, H, length, D]."""
-        return self.data.narrow(-2, 0, self.length)
+        return self.storage.narrow(-2, 0, self.length)
 
     @property
     def nbytes(self) -> int:
@@ -29,16 +36,17 @@ class SlotBuffer:
     def must_copy(self, *new: torch.Tensor) -> bool:
         # Autograd keeps references to what was returned, and inference tensors cannot be written to outside of
         # inference mode: both need new storage instead of a write.
-        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.data, *new))
-        return tracked or (self.data.is_inference() and not torch.is_inference_mode_enabled())
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.storage, *new))
+        return tracked or (self.storage.is_inference() and not torch.is_inference_mode_enabled())
 
     def reserve(self, capacity: int) -> torch.Tensor:
         """Make room for `capacity` slots at once; returns the storage [B, H, capacity or more, D]."""
-        if self.data.shape[-2] < capacity or self.must_copy():
-            grown = self.data.new_empty((*self.data.shape[:-2], capacity, self.data.shape[-1]))
+        storage = self.storage
+        if storage.shape[-2] < capacity or self.must_copy():
+            grown = storage.new_empty((*storage.shape[:-2], capacity, storage.shape[-1]))
             grown[..., : self.length, :] = self.view
-            self.data = grown
-        return self.data
+            self.data = storage = grown
+        return storage
 
     def append(self, new: torch.Tensor, limit: int) -> torch.Tensor:
         """Append `new` [B, H, q, D]; returns all slots in use."""
@@ -64,7 +72,7 @@ class SlotBuffer:
         if self.must_copy():
             self.data = torch.cat([self.view.narrow(-2, 0, start), rest], dim=-2)
         else:
-            self.data[..., start : self.length - count, :] = rest.clone()
+            self.storage[..., start : self.length - count, :] = rest.clone()
         self.length -= count
         return taken
 
@@ -78,11 +86,11 @@ class SlotBuffer:
             if self.must_copy():
                 self.data = moved
             else:
-                self.data[..., : index.shape[1], :] = moved
+                self.storage[..., : index.shape[1], :] = moved
             self.length = index.shape[1]
             return
-        rows = rows.to(self.data.device)
-        part = self.data.narrow(-2, 0, index.shape[1])
+        rows = rows.to(self.storage.device)
+        part = self.storage.narrow(-2, 0, index.shape[1])
         moved = gathered(part.index_select(0, rows), index)
         if self.must_copy():
             rest = self.view[..., index.shape[1] :, :]

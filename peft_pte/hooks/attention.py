@@ -20,7 +20,7 @@ def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         return
     cache = cache_in(kwargs)
     layer = cache.layers[attention.layer_idx] if cache is not None else None
-    if not hasattr(layer, "states_for"):
+    if layer is None or not hasattr(layer, "states_for"):
         raise RuntimeError(
             f"Layer {attention.layer_idx} was called without PTE's cache (got {type(cache).__name__}), so its thoughts "
             "would be lost in silence. Likely causes: the decoder's layers are called on their own instead of the "

@@ -82,8 +82,7 @@ def decide(policy: CachePolicy, facts: Facts) -> Decision:
     if facts.use_cache:
         return Decision("cached", "input", "a cache is asked for: a prefill")
     keeps_prompt = policy.retained_prefix == "prompt"
-    num_kept = 0 if keeps_prompt else policy.retained_prefix
-    fits = policy.window_size != "prompt" and facts.length <= num_kept + policy.window_size
+    fits = policy.window_size != "prompt" and facts.length <= policy.prefix(0) + policy.window_size
     if use_cache and fits:
         return Decision("cached", "input", "nothing is evicted")
     if use_cache and not facts.trains:

@@ -27,7 +27,7 @@ class SampledLogProbs:
     def __init__(self, temperature: float):
         self.temperature = temperature
         self.tokens: list[torch.Tensor] = []
-        self._distribution: torch.Tensor | None = None
+        self._distribution: torch.Tensor  # of the token that is about to be drawn
 
     def process(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         self._distribution = (logits.float() / self.temperature).log_softmax(-1)

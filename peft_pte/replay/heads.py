@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -107,7 +108,38 @@ def token_logprobs(
     return sum(spare, logprobs), entropy
 
 
-Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+class Head(Protocol):
+    """`token_logprobs` of one model, at one temperature."""
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        needed: torch.Tensor,
+        span: tuple[int, int] | None = None,
+        least_chunks: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+# The same for one segment, whose targets are known.
+SegmentHead = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Scoring:
+    """What the head is asked for, in the layout's columns."""
+
+    head: Head
+    ids: torch.Tensor  # [B, T']
+    needed: torch.Tensor  # [B, T'], where it is to give a result
+    needed_by_any: list[bool]  # [T'], the columns in which it is for any row; on the host, so that no segment waits
+
+    def of_segment(self, start: int, end: int) -> SegmentHead:
+        targets = self.ids[:, start + 1 : end + 1]
+        if end - start > targets.shape[1]:  # the last column, which needs no result
+            targets = torch.nn.functional.pad(targets, (0, 1))
+        span = span_of(self.needed_by_any[start:end])
+        return functools.partial(self.head, targets=targets, needed=self.needed[:, start:end], span=span)
 
 
 def first_labels(labels: torch.Tensor) -> torch.Tensor:

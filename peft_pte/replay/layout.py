@@ -33,11 +33,15 @@ class Layout:
         columns = torch.arange(valid.shape[1], device=valid.device)
         rank = valid.cumsum(-1)  # of every token in its row, from 1 on
         total = rank[:, -1:]
-        keeps_prompt = policy.retained_prefix == "prompt"
-        num_prompt = None if border is None else (valid & (columns < border[:, None])).sum(-1, keepdim=True)
-        prefix = int(num_prompt.max()) if keeps_prompt else policy.retained_prefix
-        shift = prefix - num_prompt if keeps_prompt else torch.zeros_like(total)
-        window = max(1, int(num_prompt.max())) if policy.window_size == "prompt" else policy.window_size
+        if policy.retained_prefix != "prompt":
+            prefix, shift = policy.retained_prefix, torch.zeros_like(total)
+        elif border is not None:
+            num_prompt = (valid & (columns < border[:, None])).sum(-1, keepdim=True)
+            prefix = int(num_prompt.max())
+            shift = prefix - num_prompt
+        else:
+            raise ValueError("With `retained_prefix='prompt'` the border must be known.")
+        window = policy.window(prefix)
         length = int((shift + total).max())
         is_whole = bool((valid | (rank == 0) | (rank == total)).all())  # no padding between tokens
         if is_whole and length - prefix <= window:  # nothing is evicted, wherever the columns are

@@ -22,7 +22,7 @@ from ..compiling import decides, uncompiled
 from ..config import CachePolicy
 from ..host import CACHE_NAMES, DecoderOutput
 from ..stacked import StackedEncoders, has_gathered_encoders, stack_encoders
-from .heads import Head, as_output, needed_columns, num_chunks, span_of
+from .heads import Head, Scoring, as_output, needed_columns, num_chunks
 from .layout import Layout
 from .segments import Gone, LayerPast, Stored, checkpoints_layers, embedded_rows, run_checkpointed, run_segment
 from .truncated import TruncatedReplay, is_sharded
@@ -38,16 +38,13 @@ class Replay:
 
     decoder: nn.Module
     forward: Callable[..., BaseModelOutputWithPast]
-    head: Head | None
+    scoring: Scoring | None  # None: hidden states are what is wanted
     layout: Layout
     schedule: Schedule
     longest: int | None  # segments are split further, so that none is longer
     inputs: dict[str, torch.Tensor]  # `{"input_ids": [B, T']}` or `{"inputs_embeds": [B, T', D]}`
-    ids: torch.Tensor | None  # [B, T'], for the head
     positions: torch.Tensor  # [B, T']
     mask: torch.Tensor | None  # [B, T'], None: no padding
-    needed: torch.Tensor | None  # [B, T'], where the head is to give a result
-    needed_by_any: list[bool]  # [T'], the columns of it in which it is for any row; here, so that no segment waits
     kwargs: dict[str, Any]
 
     def segments(self) -> Iterator[Segment]:
@@ -95,13 +92,7 @@ class Replay:
             attention_mask=mask,
             position_ids=self.positions[:, start:end],
         )
-        head = self.head
-        if head is not None:
-            targets = self.ids[:, start + 1 : end + 1]
-            if end - start > targets.shape[1]:  # the last column, which needs no result
-                targets = torch.nn.functional.pad(targets, (0, 1))
-            span = span_of(self.needed_by_any[start:end])
-            head = functools.partial(head, targets=targets, needed=self.needed[:, start:end], span=span)
+        head = None if self.scoring is None else self.scoring.of_segment(start, end)
         seen = [(layer.prefix + layer.thoughts, layer.cores) for layer in past]
         run = run_checkpointed if checkpointed else run_segment
         output, new, cores = run(self.decoder, self.forward, head, seen, gone, stacks, start, kwargs)
@@ -135,7 +126,7 @@ class Replay:
                     gone.to_host()
         for _ in range(missing):
             zero, first = self.idle(checkpointed), outputs[0]
-            if self.head is None:
+            if self.scoring is None:
                 first.last_hidden_state = first.last_hidden_state + zero
             else:
                 logprobs, entropy = first.hidden_states
@@ -149,12 +140,12 @@ class Replay:
         the same number of calls of the head in each.
         """
         lengths = [segment.end - segment.start for segment in self.segments()]
-        chunks = num_chunks(self.positions.shape[0], max(lengths)) if self.head is not None else 0
+        chunks = num_chunks(self.positions.shape[0], max(lengths)) if self.scoring is not None else 0
         most = agreed_maximum(self.decoder, [len(lengths), chunks], self.positions.device)
         if most is None:
             return 0
-        if self.head is not None:
-            self.head = functools.partial(self.head, least_chunks=most[1])
+        if self.scoring is not None:
+            self.scoring.head = functools.partial(self.scoring.head, least_chunks=most[1])
         return most[0] - len(lengths)
 
     def idle(self, checkpointed: bool) -> torch.Tensor:
@@ -162,11 +153,11 @@ class Replay:
         inputs = {name: tensor[:1, :1] for name, tensor in self.inputs.items()}
         kwargs = dict(self.kwargs, **inputs, attention_mask=None, position_ids=self.positions[:1, :1])
         run = run_checkpointed if checkpointed else run_segment
-        past = [([], {}) for _ in range(self.decoder.config.num_hidden_layers)]
-        head = self.head
-        if head is not None:
+        past = [(layer.prefix, layer.cores) for layer in self.new_past()]
+        head = None
+        if self.scoring is not None:
             nothing = torch.zeros_like(self.positions[:1, :1])
-            head = functools.partial(head, targets=nothing, needed=nothing.bool())
+            head = functools.partial(self.scoring.head, targets=nothing, needed=nothing.bool())
         output = run(self.decoder, self.forward, head, past, None, None, 0, kwargs).output
         return (output.last_hidden_state if head is None else output.hidden_states[0])[..., :0].sum()
 
@@ -190,7 +181,7 @@ def replay(
     head: Head | None,
     inputs: dict[str, torch.Tensor],
     attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
+    position_ids: torch.Tensor,
     parameters: list[nn.Parameter],
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
@@ -202,7 +193,7 @@ def replay(
         border: [B], the caller's column of each row's first thought; may be None for an integer prefix.
         head: turns a segment's hidden states into per-token results; None: hidden states are what is wanted.
         inputs: `{"input_ids": [B, T]}` or `{"inputs_embeds": [B, T, D]}`.
-        attention_mask: [B, T] or None. position_ids: [B or 1, T] or None (then counted along the mask).
+        attention_mask: [B, T] or None. position_ids: [B or 1, T].
         parameters: what is trained, of the decoder and of the head.
 
     With the model's gradient checkpointing on, each segment is computed again in the backward pass. With
@@ -228,20 +219,20 @@ def replay(
         valid = attention_mask.to(x.device).bool()
     layout = Layout.create(valid, border, policy)
     schedule = Schedule.create(layout.window, policy.eviction_ratio)
-    needed = None if head is None else layout.place(needed_columns(valid, border))
+    scoring = None
+    if head is not None:
+        needed = layout.place(needed_columns(valid, border))
+        scoring = Scoring(head, layout.place(inputs["input_ids"]), needed, needed.any(0).tolist())
     run = Replay(
         decoder=decoder,
         forward=forward,
-        head=head,
+        scoring=scoring,
         layout=layout,
         schedule=schedule,
         longest=max(schedule.num_evicted, SHORTEST_PIECE) if checkpointed or truncated else None,
         inputs={name: layout.place(tensor) for name, tensor in embedded_rows(decoder, inputs).items()},
-        ids=None if head is None else layout.place(inputs["input_ids"]),
         positions=layout.place(position_ids.expand(batch_size, -1)),
         mask=None if bool(layout.valid.all()) else layout.valid,
-        needed=needed,
-        needed_by_any=[] if needed is None else needed.any(0).tolist(),
         kwargs=kwargs,
     )
     embeds = run.inputs.get("inputs_embeds")
@@ -263,7 +254,8 @@ def replay(
         outputs = run.run_all(truncated, checkpointed or truncated, offload=policy.offload or truncated)
     if head is not None:
         results = (torch.cat(parts, dim=1) for parts in zip(*(output.hidden_states for output in outputs)))
-        return as_output(outputs[0].last_hidden_state, *map(layout.restore, results), valid)
+        logprobs, entropy = map(layout.restore, results)
+        return as_output(outputs[0].last_hidden_state, logprobs, entropy, valid)
     return join_outputs(outputs, layout.restore)
 
 

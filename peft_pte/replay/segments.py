@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from ..encoder import Evicted, ThoughtEncoder
 from ..host import DecoderOutput, call_with_cache, set_cache
 from ..rotary import KeyPositions
 from ..stacked import StackedEncoders
+from .heads import SegmentHead
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,20 +38,19 @@ class Stored:
     """
 
     def __init__(self, tensor: torch.Tensor):
-        self._tensor: torch.Tensor | None = tensor
+        self._tensor, self._has_left = tensor, False
         self.shape = tensor.shape
         self._device, self._requires_grad = tensor.device, tensor.requires_grad
-        self._host: torch.Tensor | None = None
 
     def load(self) -> torch.Tensor:
-        if self._tensor is not None:
+        if not self._has_left:
             return self._tensor
-        return self._host.to(self._device, non_blocking=True, copy=True).requires_grad_(self._requires_grad)
+        return self._tensor.to(self._device, non_blocking=True, copy=True).requires_grad_(self._requires_grad)
 
     def to_host(self) -> None:
         """Free the device's copy, as far as nobody else holds it."""
-        if self._tensor is not None:
-            self._host, self._tensor = host_copy(self._tensor), None
+        if not self._has_left:
+            self._tensor, self._has_left = host_copy(self._tensor), True
 
     def detach(self) -> Stored:
         return Stored(self.load().detach())
@@ -83,7 +84,8 @@ class Gone(NamedTuple):
     def of_layer(self, index: int, key_positions: KeyPositions) -> Evicted:
         return Evicted(*joined(self.pieces[index]), key_positions, self.valid)
 
-    def of_layers(self, indices: list[int], key_positions: KeyPositions) -> list[Evicted]:
+    def of_layers(self, indices: list[int]) -> list[Evicted]:
+        key_positions = self.key_positions()
         return [self.of_layer(index, key_positions) for index in indices]
 
     def to_host(self) -> None:
@@ -148,9 +150,10 @@ class SegmentLayer(CacheLayerMixin):
         super().__init__()
         self.pieces, self.cores, self.evicted, self.num_seen = pieces, cores, evicted, num_seen
         self.stored_length = sum(piece.keys.shape[-2] for piece in pieces)
-        self.new: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.new: tuple[torch.Tensor, torch.Tensor]  # keys and values of the segment itself, by `update`
         self.new_cores: dict[str, torch.Tensor] = {}
-        self.states: dict[str, torch.Tensor] | None = None
+        self.states: dict[str, torch.Tensor] = {}
+        self.has_states = False
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -164,7 +167,7 @@ class SegmentLayer(CacheLayerMixin):
 
     def states_for(self, encoder: ThoughtEncoder, attention: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
         """As `PTECacheLayer.states_for`."""
-        if self.states is not None:
+        if self.has_states:
             return self.states
         cores = {name: core.load() for name, core in self.cores.items()}
         evicted = self.evicted() if self.evicted is not None else None
@@ -191,13 +194,12 @@ class SegmentCache(Cache):
 @uncompiled
 def set_states(layers: list[SegmentLayer], gone: Gone | None, stacks: list[StackedEncoders], batch_size: int) -> None:
     """Encode what is gone and read, for all layers together."""
-    positions = None if gone is None else gone.key_positions()
     for layer in layers:
-        layer.states = {}
+        layer.has_states = True
     for stack in stacks:
         here, name = [layers[index] for index in stack.indices], stack.name
         old = [layer.cores[name].load() for layer in here if name in layer.cores]
-        evicted = None if gone is None else gone.of_layers(stack.indices, positions)
+        evicted = None if gone is None else gone.of_layers(stack.indices)
         cores = stack.advance(torch.stack(old) if old else None, evicted, batch_size)
         for layer, core, state in zip(here, cores, stack.read(cores)):
             layer.new_cores[name], layer.states[name] = core, state
@@ -216,7 +218,7 @@ class Result(NamedTuple):
 def run_segment(
     decoder: nn.Module,
     forward: Callable[..., BaseModelOutputWithPast],
-    head: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
+    head: SegmentHead | None,
     past: list[tuple[list[Piece], Cores]],
     gone: Gone | None,
     stacks: list[StackedEncoders] | None,
@@ -230,7 +232,7 @@ def run_segment(
     evicted: list[Callable[[], Evicted] | None] = [None] * len(past)
     if gone is not None and stacks is None:
         positions = gone.key_positions()
-        evicted = [lambda index=index: gone.of_layer(index, positions) for index in range(len(past))]
+        evicted = [functools.partial(gone.of_layer, index, positions) for index in range(len(past))]
     layers = [SegmentLayer(*layer, gone_here, num_seen) for layer, gone_here in zip(past, evicted)]
     if stacks is not None:
         set_states(layers, gone, stacks, kwargs["position_ids"].shape[0])

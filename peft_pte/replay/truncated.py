@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..cache.schedule import Segment
 from ..stacked import StackedEncoders, encoders_of, stack_encoders
-from .heads import Head
+from .heads import Scoring
 from .segments import Gone, LayerPast, Stored
 
 
@@ -32,7 +32,7 @@ class Run(Protocol):
     """What is asked of a forward that is computed segment by segment; `replay.Replay` is one."""
 
     decoder: nn.Module
-    head: Head | None
+    scoring: Scoring | None
     inputs: dict[str, torch.Tensor]
     positions: torch.Tensor
 
@@ -83,10 +83,10 @@ class Total:
         used = [(x, gradient) for x, gradient in zip(outputs, gradients) if gradient is not None and x.requires_grad]
         if not used:
             return [torch.zeros_like(x) for x in others]
-        outputs, gradients = zip(*used)
+        roots, root_gradients = zip(*used)
         # Outside of the forward's autocast, as `loss.backward()` is, which would round the products of a backward pass.
-        with torch.autocast(outputs[0].device.type, enabled=False):
-            found = torch.autograd.grad(outputs, [*tensors, *others], gradients, allow_unused=True)
+        with torch.autocast(roots[0].device.type, enabled=False):
+            found = torch.autograd.grad(roots, [*tensors, *others], root_gradients, allow_unused=True)
         for tensor, gradient in zip(tensors, found):
             if gradient is not None:
                 self.gradients[tensor] = self.gradients[tensor] + gradient if tensor in self.gradients else gradient
@@ -110,7 +110,7 @@ class Chain:
     def advance(self, number: int, cores: torch.Tensor | None, gone: Gone | None) -> torch.Tensor:
         """The cores of one stack, as they are computed before a segment."""
         stack = self.stacks[number]
-        evicted = None if gone is None else gone.of_layers(stack.indices, gone.key_positions())
+        evicted = None if gone is None else gone.of_layers(stack.indices)
         return stack.advance(cores, evicted, self.batch_size)
 
     def step(self, past: list[LayerPast], gone: Gone | None) -> list[torch.Tensor]:
@@ -188,7 +188,7 @@ class TruncatedReplay(torch.autograd.Function):
         ctx.surroundings = Surroundings(run.positions)
         with ctx.surroundings.autocast_as_before():
             outputs = run.run_all(truncated=True, checkpointed=False)
-        of_head = run.head is not None
+        of_head = run.scoring is not None
         results = [torch.cat(parts, dim=1) for parts in zip(*(results_of(output, of_head) for output in outputs))]
         first_column = outputs[0].last_hidden_state[:, :1].clone()
         ctx.set_materialize_grads(False)
@@ -204,7 +204,7 @@ class TruncatedReplay(torch.autograd.Function):
                 f"The active adapters were {ctx.adapters} in the forward pass and are {adapters_of(run)} in the "
                 "backward pass: with `gradient='truncated'` call `backward` before they are changed."
             )
-        of_head = run.head is not None
+        of_head = run.scoring is not None
         wanted = gradients[:1] if of_head else gradients[:-1]
         total, embeds_gradients = Total(), []
         is_wanted = columns_of(wanted, run.positions.shape[1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,6 +19,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..model_card import add_loading_code
 from ..registration import NAME
+
+# Of mixins; for type checkers, with all that a Trainer has.
+TrainerBase: Any = object
 
 # Beside the checkpoints, hence on the same filesystem. It is no checkpoint by its name, and the Trainer's uploads to
 # the Hub leave out what begins with an underscore.
@@ -42,7 +45,7 @@ def refuse_order(cls: type, mixin: type) -> None:
         raise TypeError(f"{cls.__name__}: name {mixin.__name__} before the Trainer, else it has no effect.")
 
 
-class AtomicCheckpoints(Trainer if TYPE_CHECKING else object):
+class AtomicCheckpoints(TrainerBase):
     """Mixin for a `Trainer` of any kind, named before it among the base classes.
 
     A checkpoint is written to a staging folder, flushed to the disk and renamed; what rotation removes is renamed

@@ -82,7 +82,7 @@ class PTEGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
                 parts.append(sequence_logprobs(model, ids, mask, border, self.temperature))
         logprobs, entropies = (torch.cat(part)[:, border:] for part in zip(*parts))
         if self._sampling is not None:
-            self._log_importance_ratios(logprobs.detach())
+            self._log_importance_ratios(logprobs.detach(), *self._sampling)
         return logprobs, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -93,8 +93,7 @@ class PTEGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         finally:
             self._sampling = None
 
-    def _log_importance_ratios(self, logprobs: torch.Tensor) -> None:
-        sampled, mask = self._sampling
+    def _log_importance_ratios(self, logprobs: torch.Tensor, sampled: torch.Tensor, mask: torch.Tensor) -> None:
         ratios = (logprobs - sampled).exp()
         sums = torch.stack([ratios.masked_fill(~mask, 0).sum(), mask.sum().to(ratios.dtype)])
         total, count = self.accelerator.gather(sums).view(-1, 2).sum(0).tolist()

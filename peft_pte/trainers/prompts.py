@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import Trainer
 
 from ..hooks.border import batch_known
 from ..replay.heads import first_labels
-from .checkpoints import refuse_order
+from .checkpoints import TrainerBase, refuse_order
 
 
 def shared_prefix(input_ids: torch.Tensor) -> torch.Tensor:
@@ -31,7 +30,7 @@ def shared_prefix(input_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([shared, shared])
 
 
-class KnownPrompts(Trainer if TYPE_CHECKING else object):
+class KnownPrompts(TrainerBase):
     """Mixin for a `Trainer` of any kind, named before it among the base classes.
 
     While the loss of a batch is computed, calls of the model on the tokens of this batch know where the prompts end.

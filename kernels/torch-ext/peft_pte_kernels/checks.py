@@ -62,9 +62,9 @@ def encode(
     expect_dim("keys[0]", keys[0], "[B, H, m, D]", 4)
     _, num_heads, m, head_dim = keys[0].shape
     for name, column in columns.items():
-        layout, sizes = "[B, H, m, D]", (num_rows, num_heads, m, head_dim)
-        if column is key_weights or column is value_weights:
-            layout, sizes = "[r, H D]", (r, num_heads * head_dim)
+        is_weight = column is key_weights or column is value_weights
+        layout = "[r, H D]" if is_weight else "[B, H, m, D]"
+        sizes = (r, num_heads * head_dim) if is_weight else (num_rows, num_heads, m, head_dim)
         for layer, x in enumerate(column):
             expect(f"{name}[{layer}]", x, device, layout, *sizes)
     if rotation is not None:

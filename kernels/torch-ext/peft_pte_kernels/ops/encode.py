@@ -69,8 +69,13 @@ class Call(NamedTuple):
         )
 
     def of_layer(self, layer: int) -> Call:
-        columns = ([column[layer]] for column in self.columns())
-        return Call(*columns, self.cores[layer : layer + 1], *self[5:])
+        return self._replace(
+            keys=[self.keys[layer]],
+            values=[self.values[layer]],
+            key_weights=[self.key_weights[layer]],
+            value_weights=[self.value_weights[layer]],
+            cores=self.cores[layer : layer + 1],
+        )
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
         """cos, sin, valid as the kernels get them (any tensor if there is none), and the strides of cos: zero where
@@ -114,7 +119,7 @@ def prepared(
     """Bring the arguments into the layouts that the kernels read."""
     keys, values = ([x if x.stride(-1) == 1 else x.contiguous() for x in column] for column in (keys, values))
     key_weights, value_weights = ([x.contiguous() for x in column] for column in (key_weights, value_weights))
-    if cos is not None:
+    if cos is not None and sin is not None:
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
     if valid is not None:
         valid = valid.expand(cores.shape[1], -1).contiguous().view(torch.uint8)
