@@ -43,7 +43,7 @@ class PTECache(DynamicCache):
         self._clear()
 
     def _clear(self) -> None:
-        self.policy: CachePolicy | None = None
+        self._policy: CachePolicy | None = None
         self.adapters: tuple[str, ...] = ()
         self.schedule: Schedule | None = None  # known when the prompt is complete, for window_size="prompt"
         self.loop: object | None = None  # the `generate` call that made or took it, see hooks/border.py
@@ -87,13 +87,20 @@ class PTECache(DynamicCache):
     @property
     def is_bound(self) -> bool:
         """Whether a PTE model has used this cache."""
-        return self.policy is not None
+        return self._policy is not None
+
+    @property
+    def policy(self) -> CachePolicy:
+        """That of the adapters that the cache is bound to."""
+        if self._policy is None:
+            raise RuntimeError("No PTE model has used this cache yet.")
+        return self._policy
 
     @uncompiled
     def bind(self, policy: CachePolicy, adapters: tuple[str, ...], num_layers: int, batch_size: int) -> None:
         """Fix policy and adapters at first use; later, check that they are still the same."""
         if not self.is_bound:
-            self.policy, self.adapters = policy, adapters
+            self._policy, self.adapters = policy, adapters
             self.layer_class_to_replicate = None
             self.layers = [PTECacheLayer() for _ in range(num_layers)]
             self.evicted, self.lead = [0] * batch_size, [0] * batch_size
@@ -137,10 +144,10 @@ class PTECache(DynamicCache):
             if window == "prompt":  # a schedule that was made for a shorter one has had no effect
                 self.schedule = None
         if self.schedule is None and (window != "prompt" or seen + new_length >= self.prompt_length):
-            if window == "prompt":
-                longest = self.prompt_length if mask is None else int(mask[:, : self.prompt_length].sum(-1).max())
-                window = max(1, longest)
-            self.schedule = Schedule.create(window, self.policy.eviction_ratio)
+            longest = self.prompt_length
+            if window == "prompt" and mask is not None:
+                longest = int(mask[:, : self.prompt_length].sum(-1).max())
+            self.schedule = Schedule.create(self.policy.window(longest), self.policy.eviction_ratio)
 
     @property
     def holds_thoughts(self) -> bool:
@@ -160,7 +167,7 @@ class PTECache(DynamicCache):
     @property
     def prefix(self) -> int:
         """What is never evicted, for rows in lockstep: columns of the prompt, or the first tokens."""
-        return self.prompt_length if self.policy.retained_prefix == "prompt" else self.policy.retained_prefix
+        return self.policy.prefix(self.prompt_length or 0)
 
     @uncompiled
     def room(self) -> int:
@@ -174,8 +181,8 @@ class PTECache(DynamicCache):
             return self.schedule.room(self.stored_length - self.prefix)
         return min(self.columns_left, self.limit - self.stored_length)
 
-    def check_mask(self, mask: torch.Tensor | None, new_length: int) -> None:
-        """Raises: ValueError: the mask does not cover what was seen and `new_length` columns more."""
+    def checked(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor:
+        """The mask. Raises: ValueError: it does not cover what was seen and `new_length` columns more."""
         seen, end = self.get_seq_length(), self.get_seq_length() + new_length
         if mask is None or mask.shape[1] < end:
             raise ValueError(
@@ -183,6 +190,7 @@ class PTECache(DynamicCache):
                 f"cache has seen {seen} columns with padding and the input brings {new_length}: pass the mask of all "
                 f"{end} columns, evicted tokens included."
             )
+        return mask
 
     def is_whole(self, mask: torch.Tensor | None) -> bool:
         """Whether rows in lockstep store no padding among what counts as tokens, and none comes next."""
@@ -193,13 +201,12 @@ class PTECache(DynamicCache):
             whole = whole & mask[:, : self.prefix].all()
         return bool(whole)
 
-    def tally(self, mask: torch.Tensor | None) -> Tally:
+    def tally(self, mask: torch.Tensor | None, schedule: Schedule) -> Tally:
         """Count the tokens in all slots. From now on rows are not in lockstep.
 
-        `mask`: [B, seen + 1 or more], of the columns that come next too.
+        `mask`: [B, seen + 1 or more], of the columns that come next too. `schedule`: the cache's own.
         """
-        self.check_mask(mask, 1)
-        seen = self.get_seq_length()
+        mask, seen = self.checked(mask, 1), self.get_seq_length()
         if self.in_lockstep:
             columns = torch.arange(seen, device=mask.device)
             columns = torch.cat([columns[: self.prefix], columns[self.prefix + self.evicted[0] :]])
@@ -210,14 +217,14 @@ class PTECache(DynamicCache):
             kept = (held & (columns < self.prompt_length)).sum(-1)
         else:
             kept = torch.full((len(columns),), self.policy.retained_prefix, device=columns.device)
-        return Tally(held, kept, mask[:, seen : seen + self.schedule.window].bool(), self.schedule)
+        return Tally(held, kept, mask[:, seen : seen + schedule.window].bool(), schedule)
 
     @uncompiled
     def close_gaps(self, tally: Tally) -> None:
         """Forget thoughts that have left, and move what remains of every row to its end."""
         remaining = tally.remaining()
         kept = [total - thoughts for total, thoughts in zip(tally.totals, tally.thoughts)]
-        self.limit = max(kept) + self.schedule.window + slack(self.schedule.window)
+        self.limit = max(kept) + tally.window + slack(tally.window)
         is_used_up = self.stored_length >= self.limit
         move = tally.move(max(remaining) if is_used_up else self.stored_length)
         if move is not None:
@@ -244,7 +251,7 @@ class PTECache(DynamicCache):
         if mask is None and self.in_lockstep:
             return None
         seen, end = self.get_seq_length(), self.get_seq_length() + new_length
-        self.check_mask(mask, new_length)
+        mask = self.checked(mask, new_length)
         if self.in_lockstep:
             return stored_columns(mask, self.prefix, self.evicted[0], end)
         return torch.cat([visible(mask, self.columns.view[:, 0, :, 0]), mask[:, seen:end]], dim=1)
@@ -256,7 +263,7 @@ class PTECache(DynamicCache):
             self.limit = self.schedule.window + self.prefix if self.schedule else 0
         else:
             seen, new_length = self.get_seq_length(), positions.shape[1]
-            columns = torch.arange(seen, seen + new_length, device=self.columns.data.device)
+            columns = torch.arange(seen, seen + new_length, device=self.columns.storage.device)
             self.columns.append(columns[None, None, :, None].expand(len(positions), -1, -1, -1), self.limit)
             self.columns_left -= new_length
         for layer in self.layers:
@@ -323,7 +330,8 @@ class PTECache(DynamicCache):
 
     def reset(self) -> None:
         """Empty the cache and forget the policy; the next use binds it again."""
-        self.__init__(self.cuda_graph)
+        super().__init__()
+        self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: see `refuse_rollback`."""

@@ -22,12 +22,13 @@ def evict(cache: PTECache, mask: torch.Tensor | None, decoder: nn.Module) -> Non
     They are encoded here, for all layers at once and out of the slots themselves, where kernels can do that; else
     the layers encode a copy in the coming step.
     """
-    if cache.schedule is None or cache.room() > 0:
+    schedule = cache.schedule
+    if schedule is None or cache.room() > 0:
         return
     if cache.in_lockstep and cache.is_whole(mask):
-        evict_together(cache, decoder, cache.prefix, cache.schedule.num_evicted)
+        evict_together(cache, decoder, cache.prefix, schedule.num_evicted)
         return
-    tally = cache.tally(mask)
+    tally = cache.tally(mask, schedule)
     start = tally.common_start()
     if start is not None:
         cache.columns.take(start, tally.num_evicted)

@@ -130,6 +130,9 @@ class Replays:
     """What a cache knows of its captured step, once there is one; the step belongs to the model."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.reference: Callable[[], DecodeStep | None] = lambda: None
         self.num_waiting = EAGER_STEPS
         self.storage: Callable[[], torch.Tensor | None] = lambda: None
@@ -150,11 +153,12 @@ class Replays:
     def drop(self, cache: PTECache) -> None:
         """Forget the step. Another is borrowed, or made when storage has not changed for a while."""
         step, steps = self.step, self.steps()
-        is_in_use = any(own is slots.data for own, slots in step.pairs(cache))
-        if steps is not None and (is_in_use or not step.snapshot.holds()):
-            steps.lent.discard(step)
+        if steps is not None and step is not None:
+            is_in_use = any(own is slots.data for own, slots in step.pairs(cache))
+            if is_in_use or not step.snapshot.holds():
+                steps.lent.discard(step)
         self.give_back()
-        self.__init__()
+        self.clear()
 
     def is_due(self, cache: PTECache) -> bool:
         """Whether to make a graph now. Beam search, which selects rows at every step, never gets there."""
@@ -214,7 +218,8 @@ def ready_step(
     replays = REPLAYS.get(cache) if call is not None and cache.cuda_graph else None
     step = None if replays is None else replays.step
     if (
-        step is None
+        replays is None
+        or step is None
         or replays.checked != situation(cache, mask, call)
         or not is_plain_step(decoder, cache, inputs, kwargs)
         or not (step.snapshot.of() is decoder and step.serves(cache) and step.snapshot.seems_to_hold())

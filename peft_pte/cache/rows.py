@@ -53,7 +53,8 @@ class Tally:
     """
 
     def __init__(self, held: torch.Tensor, kept: torch.Tensor, coming: torch.Tensor, schedule: Schedule):
-        self.held, self.kept, self.num_evicted = held, kept, schedule.num_evicted
+        self.held, self.kept = held, kept
+        self.window, self.num_evicted = schedule.window, schedule.num_evicted
         self.num_slots = held.shape[1]
         self.rank = held.cumsum(-1)  # of every token in its row, from 1 on
         totals, spans = self.rank[:, -1], (self.rank > 0).sum(-1)

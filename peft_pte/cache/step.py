@@ -157,7 +157,7 @@ class DecodeStep:
         self.first = torch.zeros(ids.shape[0], dtype=torch.int32, device=ids.device)
         self.length = self.slot.int()
         self.layers = [
-            StepLayer(*(slots.reserve(layer.limit) for slots in (layer.key_slots, layer.value_slots)), self.slot)
+            StepLayer(layer.key_slots.reserve(layer.limit), layer.value_slots.reserve(layer.limit), self.slot)
             for layer in cache.layers
         ]
         self.keys, self.values = [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
@@ -170,7 +170,7 @@ class DecodeStep:
         self.known_uses: list[tuple[int, int]] = []
         self.attended = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.hidden_states: torch.Tensor | None = None
+        self.hidden_states: torch.Tensor  # the result, of `forward`
 
     @property
     def is_on_gpu(self) -> bool:
@@ -198,10 +198,11 @@ class DecodeStep:
         """
 
         def fit(own: torch.Tensor, slots: SlotBuffer, limit: int) -> bool:
-            shape = [len(ids), *slots.data.shape[1:2], own.shape[2], *slots.data.shape[3:]]
+            storage = slots.storage
+            shape = [len(ids), *storage.shape[1:2], own.shape[2], *storage.shape[3:]]
             return (
                 list(own.shape) == shape
-                and (own.dtype, own.device) == (slots.data.dtype, slots.data.device)
+                and (own.dtype, own.device) == (storage.dtype, storage.device)
                 and max(limit, slots.length + 1) <= own.shape[2] <= limit + SPARE_SLOTS
             )
 
@@ -345,9 +346,9 @@ class DecodeStep:
             self.step()
         else:
             self.graph.replay()
-        self.slot_value += 1
         for layer in cache.layers:
             layer.note_stored(1)
+        self.slot_value = cache.layers[0].key_slots.length
         # A copy, because the next replay writes to the same memory.
         return DecoderOutput(last_hidden_state=self.hidden_states.clone())
 

@@ -10,7 +10,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def twin_of(decoder: nn.Module, attention: str) -> nn.Module:
     Raises:
         Unsupported: a module's forward was replaced by something that cannot be moved to its twin.
     """
-    twins = {module: type(module).__new__(type(module)) for module in decoder.modules()}
+    twins = {module: module.__class__.__new__(module.__class__) for module in decoder.modules()}
     configs: dict[int, PreTrainedConfig] = {}
 
     def moved(value: Any) -> Any:
@@ -52,8 +52,8 @@ def twin_of(decoder: nn.Module, attention: str) -> nn.Module:
             items = [moved(item) for item in value]
             return value if all(a is b for a, b in zip(items, value)) else type(value)(items)
         if type(value) is dict:
-            items = {key: moved(item) for key, item in value.items()}
-            return value if all(items[key] is value[key] for key in value) else items
+            table = {key: moved(item) for key, item in value.items()}
+            return value if all(table[key] is value[key] for key in value) else table
         return value
 
     for module, twin in twins.items():
@@ -81,7 +81,7 @@ def twin_of(decoder: nn.Module, attention: str) -> nn.Module:
     return twins[decoder]
 
 
-def is_own_method(forward: Any, module: nn.Module) -> bool:
+def is_own_method(forward: Any, module: nn.Module) -> TypeGuard[types.MethodType]:
     return isinstance(forward, types.MethodType) and forward.__self__ is module
 
 

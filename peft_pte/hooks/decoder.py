@@ -72,8 +72,9 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         warn_caller(call.warning)
     if call.kind == "cached":
         cache = PTECache.adopt(PTECache() if cache is None else cache)
-        if facts.is_generate:
-            cache.loop = current_generation.get().own_loop
+        generation = current_generation.get()
+        if facts.is_generate and generation is not None:
+            cache.loop = generation.own_loop
         if call.border == "said":
             prompt_length = same_border(border)
         elif call.border == "generate" and cache.holds_thoughts:
