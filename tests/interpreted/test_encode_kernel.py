@@ -84,6 +84,20 @@ def test_encode(update: str, data: st.DataObject) -> None:
     compare(kernel, unpacked(reference.encode, case, torch.float64), case["tensors"], case["limit"])
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tables_of_one_row_serve_all(tokens: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (random(generator, 1, 3, 2, 9, 16).float() for _ in range(2))
+    weights = [random(generator, 8, 32).float() / 6 for _ in range(2)]
+    angles = random(generator, 1, tokens, 8).float()
+    valid = torch.rand(1, 9, generator=generator) < 0.7 if masked else None
+    case = dict(rotation=Rotation(angles.cos(), angles.sin(), False), valid=valid, update="delta")
+    tensors = [*keys, *values, *weights, random(generator, 1, 3, 8, 8).float()]
+    plain = unpacked(reference.encode, case, torch.float64)
+    compare(unpacked(peft_pte_kernels.encode, case, torch.float32), plain, tensors, 2e-6)
+
+
 def test_parallel_keys() -> None:
     """The hard case of the delta rule: inverses by powers of N would lose all digits here."""
     generator = torch.Generator().manual_seed(0)
