@@ -30,7 +30,7 @@ from .encoder import (
     state_dtype,
     write_layers,
 )
-from .layer import is_gathered
+from .layer import device_of, is_gathered
 
 Layers = list[tuple[nn.Module, ThoughtEncoder]]  # attention modules with their encoders
 
@@ -154,7 +154,7 @@ def grouped(name: str, layers: Layers) -> list[Layers]:
     for attention, encoder in layers:
         if name in encoder.live_adapters:
             uses_rope = getattr(attention, "use_rope", True)  # SmolLM3 has layers of both kinds
-            groups.setdefault((uses_rope, encoder.pte_key[name].weight.device), []).append((attention, encoder))
+            groups.setdefault((uses_rope, device_of(encoder.pte_key[name])), []).append((attention, encoder))
     return list(groups.values())
 
 
