@@ -30,8 +30,9 @@ class PTECache(DynamicCache):
 
     Args:
         cuda_graph: on a GPU, replay the decoder's step of one token as a CUDA graph (graph.py), with the same
-            results up to rounding. A new graph is made for each cache after a few steps. None: as `PTECache.cuda_graph`
-            says, which also holds for caches that `generate` makes: off, unless you set it.
+            results up to rounding; needs torch 2.12. The graph is made after a few steps, and stays with the model for
+            the next cache of the same shape, together with slots for one. None: as `PTECache.cuda_graph` says, which
+            also holds for caches that `generate` makes: off, unless you set it.
     """
 
     cuda_graph = False

@@ -216,6 +216,8 @@ class DecodeStep:
 
     def adopt(self, cache: PTECache) -> None:
         """Move the contents of a cache's slots into those of the step, for the cache to use from now on."""
+        if self.is_on_gpu:
+            torch.cuda.synchronize(self.ids.device)  # the cache before may have been used on another stream
         pairs = list(self.pairs(cache))
         torch._foreach_copy_(
             [own.narrow(-2, 0, slots.length) for own, slots in pairs], [slots.view for _, slots in pairs]
