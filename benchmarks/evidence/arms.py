@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from peft_pte import PTEConfig
 from peft_pte.encoder import ThoughtEncoder
+from peft_pte.stacked import StackedEncoders
 from variants import with_gate, with_orthogonal_query, with_transposed_read, with_values_scaled
 
 EVICTION_RATIO = 0.5  # half the window at once: fewer segments than with the default, and so faster on a CPU
@@ -116,24 +117,36 @@ def with_window(base: torch.nn.Module, window_size: int, **settings: Any) -> Pef
 @contextmanager
 def states_swapped() -> Iterator[None]:
     """Every row gets the state of its neighbour in the batch: chance, if the state carries what is asked for."""
-    read_all = ThoughtEncoder.read_all
+    read_all, read = ThoughtEncoder.read_all, StackedEncoders.read
 
     def swapped(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: state.roll(1, 0) for name, state in read_all(self, cores).items()}
 
-    with patch.object(ThoughtEncoder, "read_all", swapped):
+    def swapped_in_all_layers(self: StackedEncoders, cores: torch.Tensor) -> torch.Tensor:
+        return read(self, cores).roll(1, 1)
+
+    with (
+        patch.object(ThoughtEncoder, "read_all", swapped),
+        patch.object(StackedEncoders, "read", swapped_in_all_layers),
+    ):
         yield
 
 
 @contextmanager
 def states_zeroed() -> Iterator[None]:
     """Every state is what it was before the first eviction."""
-    read_all = ThoughtEncoder.read_all
+    read_all, read = ThoughtEncoder.read_all, StackedEncoders.read
 
     def zeroed(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return read_all(self, {name: self.start(name, core.shape[0]) for name, core in cores.items()})
 
-    with patch.object(ThoughtEncoder, "read_all", zeroed):
+    def zeroed_in_all_layers(self: StackedEncoders, cores: torch.Tensor) -> torch.Tensor:
+        return read(self, self.start(cores.shape[1]))
+
+    with (
+        patch.object(ThoughtEncoder, "read_all", zeroed),
+        patch.object(StackedEncoders, "read", zeroed_in_all_layers),
+    ):
         yield
 
 
