@@ -48,6 +48,8 @@ def is_fused(modules: Sequence[nn.Module], *tensors: torch.Tensor, rank: int) ->
     Raises:
         ValueError: `PTE_KERNELS=triton` asks for kernels that cannot be used.
     """
+    if not dispatch.may_use_triton(tensors[0]):  # before a look at the weights, since it is asked in every step
+        return False
     gathered = not all(isinstance(module, nn.Linear) and not is_gathered(module) for module in modules)
     if gathered and dispatch.MODE == "triton":
         raise ValueError(

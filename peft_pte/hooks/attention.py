@@ -30,7 +30,7 @@ def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         )
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     states = layer.states_for(encoder, attention, hidden_states.shape[0])
-    adapted = {name: child for name, child in attention.named_children() if isinstance(child, Linear)}
+    adapted = {name: child for name, child in attention._modules.items() if isinstance(child, Linear)}
     siblings = [adapted[name] for name in SPLIT_PROJECTIONS if name in adapted]
     call = AttentionCall(states, adapted.values(), siblings)
     if torch.compiler.is_compiling():

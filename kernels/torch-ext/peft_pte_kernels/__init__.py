@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import checks, reference
-from .dispatch import HAS_TRITON, uses_triton
+from .dispatch import HAS_TRITON, can_skip_dispatcher, uses_triton
 from .reference import Rotation
 
 if HAS_TRITON:
@@ -74,7 +74,8 @@ def low_rank_update(
     """y + scaling * A S B x for up to three projections of one input; see `reference.low_rank_update`."""
     checks.low_rank_update(x, bases, state, A, B)
     if uses_triton(x, *bases, *A, *B, state, rank=state.shape[-1]):
-        return low_rank_ops.low_rank_op(x, bases, state, A, B, scaling)[:-1]
+        op = low_rank_ops.low_rank if can_skip_dispatcher() else low_rank_ops.low_rank_op
+        return op(x, bases, state, A, B, scaling)[:-1]
     return reference.low_rank_update(x, bases, state, A, B, scaling)
 
 

@@ -43,13 +43,18 @@ def obstacle(*tensors: torch.Tensor, rank: int = 1) -> str | None:
     return None
 
 
+def may_use_triton(tensor: torch.Tensor) -> bool:
+    """Whether `PTE_KERNELS` lets Triton kernels run where this tensor is."""
+    return MODE != "torch" and (MODE == "triton" or tensor.is_cuda)
+
+
 def uses_triton(*tensors: torch.Tensor, rank: int = 1) -> bool:
     """Whether Triton kernels run on these floating-point tensors.
 
     Raises:
         ValueError: `PTE_KERNELS=triton` asks for what Triton cannot do.
     """
-    if MODE == "torch" or (MODE == "auto" and not tensors[0].is_cuda):
+    if not may_use_triton(tensors[0]):
         return False
     reason = obstacle(*tensors, rank=rank)
     if reason is not None and MODE == "triton":
@@ -91,6 +96,14 @@ def limits() -> dict[str, int]:
 def tile(size: int) -> int:
     """The edge of a tile that holds `size` elements: a power of two, 16 at least, as `tl.dot` wants."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def can_skip_dispatcher() -> bool:
+    """Whether a registered op may be called as the function that it is, which saves half of the host's time for it.
+
+    Not where autograd, the compiler or a dispatch mode (fake tensors, counters) has to see it.
+    """
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 _library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "FRAGMENT")
