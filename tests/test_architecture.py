@@ -30,7 +30,7 @@ ROOMS = {
         *(["schedule", "slots", "flash"], ["rows"], ["layers"], ["cache"]),
         *(["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]),
     ],
-    "replay": [["layout", "segments", "heads", "__init__"], ["truncated"], ["replay"]],
+    "replay": [["layout", "heads", "__init__"], ["segments"], ["truncated"], ["replay"]],
     "hooks": [["attachment", "border", "calls", "attention", "__init__"], ["decoder", "generation"], ["attach"]],
     "trainers": [["checkpoints", "__init__"], ["grpo", "prompts"]],
 }

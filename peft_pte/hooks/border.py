@@ -61,6 +61,7 @@ def named_arguments(method: Callable[..., Any], args: tuple, kwargs: dict[str, A
     return {**dict(zip(list(signature(method).parameters)[1:], args)), **kwargs}
 
 
+@uncompiled
 def prompt_length_of(decoder: nn.Module, x: torch.Tensor, seen: int) -> int | None:
     """The columns of the prompt of the `generate` that calls the decoder with `x` [B, q(, D)] after `seen` columns.
 
