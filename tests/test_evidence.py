@@ -43,7 +43,7 @@ def test_quick_run_report_and_repetition(tmp_path: Path) -> None:
     assert len(rows) == 2 * 3 + 2 * (2 * (3 + 5 * 2) + 2 * 2)
     assert "void" in done.stdout and "states swapped, 24" in done.stdout
     assert path.with_suffix(".png").stat().st_size > 1000 and (path.parent / "README.md").exists()
-    again = run(*folders, "--seeds", 1, "--arms", "PTE")
+    again = run(*folders, "--seeds", 1, "--arms", "PTE", "--processes", 1)
     assert again.returncode == 0, again.stderr
 
     def numbers(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
@@ -54,6 +54,7 @@ def test_quick_run_report_and_repetition(tmp_path: Path) -> None:
 
 def test_another_difficulty_has_a_table_of_its_own(tmp_path: Path) -> None:
     folders = ["--output", tmp_path, "--base", tmp_path / "base", "--quick", "--task", "recall", "--seeds", 0]
+    folders += ["--processes", 1]
     done = run(*folders, "--arms", "base, full cache", "--difficulty", "pairs=3", "queries=2")
     assert done.returncode == 0, done.stderr
     assert report.Results(tmp_path / "recall_3_pairs_2_queries.csv").difficulty == dict(pairs=3, queries=2)
@@ -63,7 +64,19 @@ def test_another_difficulty_has_a_table_of_its_own(tmp_path: Path) -> None:
 
 def test_accuracy_by_pairs(tmp_path: Path) -> None:
     """An oracle for each number of pairs: eight facts fit a state of width eight, and sixteen do not."""
-    folders = ["--output", tmp_path, "--base", tmp_path / "base", "--quick", "--task", "capacity", "--seeds", 0]
+    folders = [
+        "--output",
+        tmp_path,
+        "--base",
+        tmp_path / "base",
+        "--quick",
+        "--processes",
+        1,
+        "--task",
+        "capacity",
+        "--seeds",
+        0,
+    ]
     for pairs in (2, 16):
         done = run(*folders, "--arms", "oracle, rank 8", "--difficulty", f"pairs={pairs}")
         assert done.returncode == 0, done.stderr
@@ -79,7 +92,7 @@ def test_accuracy_by_pairs(tmp_path: Path) -> None:
 def test_rl_runs(tmp_path: Path) -> None:
     """A reward for each step, accuracies before and after, a table and a figure."""
     folders = ["--output", tmp_path, "--base", tmp_path / "base", "--quick", "--task", "variables", "--seeds", 0]
-    done = run(*folders, "--rl", "--arms", "PTE")
+    done = run(*folders, "--rl", "--arms", "PTE", "--processes", 1)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "rl_variables.csv").open()))
     assert [row["step"] for row in rows if row["reward"]] == ["1", "2"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -80,7 +80,9 @@ def run(options: argparse.Namespace) -> None:
     if options.arms:
         rows = [row for row in rows if (row["arm"], int(row["seed"])) not in wanted]
     done = {(row["arm"], int(row["seed"])) for row in rows}
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+    # One process is this one.
+    one = options.processes == 1
+    with ThreadPoolExecutor(1) if one else ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         if not (base / "config.json").exists():
             pool.submit(train_base, settings, base).result()
 
