@@ -148,7 +148,7 @@ def decode_attention(
         BD=columns,
         device=query.device,
         num_warps=4,
-        num_stages=NUM_STAGES[size],
+        num_stages=NUM_STAGES[size] if columns * size < 2048 else 1,  # AMD has 64 KB of shared memory
         **(limits() if size == 2 else {}),  # float32 has room by itself; told to, ptxas takes all and more
     )
     if splits > 1:
