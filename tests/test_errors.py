@@ -165,8 +165,8 @@ def test_targets(config: dict[str, Any], message: str) -> None:
 IDS = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def filled(model: PeftModel) -> PTECache:
-    return decode(model, IDS, None, [20])[1]
+def filled(model: PeftModel, attention_mask: torch.Tensor | None = None) -> PTECache:
+    return decode(model, IDS, attention_mask, [20])[1]
 
 
 def filled_by_base(model: PeftModel, cache: DynamicCache) -> DynamicCache:
@@ -259,6 +259,12 @@ CALL_ERRORS: list[tuple[str, Callable[[PeftModel], Any], type[Exception], str]] 
         lambda m: m(input_ids=IDS[:, :1], attention_mask=torch.ones(2, 1), past_key_values=filled(m)),
         ValueError,
         "must be (2, 21), evicted columns included",
+    ),
+    (
+        "a mask that is forgotten after the prefill",
+        lambda m: m(input_ids=IDS[:, :1], past_key_values=filled(m, torch.ones(2, 20).tril(18).flip(1))),
+        ValueError,
+        "`attention_mask` is missing, but the cache has seen 20 columns with padding",
     ),
     (
         "packed positions",

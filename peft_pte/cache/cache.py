@@ -47,6 +47,7 @@ class PTECache(DynamicCache):
         self._policy: CachePolicy | None = None
         self.adapters: tuple[str, ...] = ()
         self.schedule: Schedule | None = None  # known when the prompt is complete, for window_size="prompt"
+        self.has_padding = False  # as far as prefills show
         self.loop: object | None = None  # the `generate` call that made or took it, see hooks/border.py
         self.prompt_length: int | None = None
         self.positions = SlotBuffer()  # [B, 1, slots, 1], absolute position of every stored token
@@ -131,6 +132,8 @@ class PTECache(DynamicCache):
             ValueError: the prompt cannot go on, or has become shorter.
         """
         seen, window = self.get_seq_length(), self.policy.window_size
+        if mask is not None and new_length > 1 and not self.has_padding:
+            self.has_padding = not bool(mask[:, seen:].all())
         if self.prompt_length is None:
             self.prompt_length = seen + new_length if prompt_length is None else prompt_length
         elif self.policy.retained_prefix == "prompt" and prompt_length not in (None, self.prompt_length):
@@ -249,7 +252,7 @@ class PTECache(DynamicCache):
     @uncompiled
     def compact_mask(self, mask: torch.Tensor | None, new_length: int) -> torch.Tensor | None:
         """The caller's mask [B, seen + new_length] without evicted columns: [B, stored + new_length]."""
-        if mask is None and self.in_lockstep:
+        if mask is None and self.in_lockstep and not self.has_padding:
             return None
         seen, end = self.get_seq_length(), self.get_seq_length() + new_length
         mask = self.checked(mask, new_length)
