@@ -169,7 +169,9 @@ def test_a_base_with_lora() -> None:
 
 def test_a_compiled_base() -> None:
     model = with_adapter(torch.compile(tiny_model("llama"), backend="eager"), window_size=8)
-    assert_alike(model, with_adapter(tiny_model("llama"), window_size=8))
+    plain, options = with_adapter(tiny_model("llama"), window_size=8), GREEDY | dict(max_new_tokens=8, min_new_tokens=8)
+    assert relative_error(logits(model), logits(plain)) < 1e-12
+    assert torch.equal(model.generate(**options), plain.generate(**options))
 
 
 # --------------------------------------------------------------------------------------- the same name once more

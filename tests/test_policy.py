@@ -116,7 +116,7 @@ def reference_logits(case: Case, model: Any) -> list[torch.Tensor]:
     return [run_reference(base, adapter, config, row, prompt).logits for row, prompt in zip(case.rows, case.prompts)]
 
 
-@settings(max_examples=330)
+@settings(max_examples=250)
 @given(case=cases(equal=True))
 def test_replay_equals_decoding(case: Case) -> None:
     """Log-probabilities of the teacher-forced forward are those of token-by-token decoding, to 1e-10 in float64."""
@@ -163,7 +163,7 @@ def test_both_equal_the_reference(case: Case) -> None:
             assert relative_error(logits[row], expected) <= 1e-10, (name, row)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(case=cases(tuple(FAMILIES) + tuple(RELATIVES), equal=True))
 def test_float32(case: Case) -> None:
     """The same in float32, where rounding is what remains."""

@@ -93,7 +93,7 @@ def two_adapters(case: Case, **training: Any) -> torch.nn.Module:
     return model.train()
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     case=cases(),
     training=st.sampled_from([dict(), dict(checkpointing=True), dict(gradient="truncated"), dict(offload=True)]),

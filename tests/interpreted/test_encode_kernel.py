@@ -76,7 +76,7 @@ def unpacked(function: Any, case: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("update", ["sum", "delta"])
-@settings(max_examples=35)
+@settings(max_examples=25)
 @given(st.data())
 def test_encode(update: str, data: st.DataObject) -> None:
     case = data.draw(encodings(update))
