@@ -116,7 +116,7 @@ def reference_logits(case: Case, model: Any) -> list[torch.Tensor]:
     return [run_reference(base, adapter, config, row, prompt).logits for row, prompt in zip(case.rows, case.prompts)]
 
 
-@settings(max_examples=250)
+@settings(max_examples=200)
 @given(case=cases(equal=True))
 def test_replay_equals_decoding(case: Case) -> None:
     """Log-probabilities of the teacher-forced forward are those of token-by-token decoding, to 1e-10 in float64."""
