@@ -78,7 +78,7 @@ def stored_keys(cache: PTECache, mask: torch.Tensor | None, row: int, layer: int
     return keys if mask is None else keys[:, cache.compact_mask(mask, 0)[row].bool()]
 
 
-@settings(max_examples=70)
+@settings(max_examples=50)
 @given(case=cases(), spare=st.integers(0, 9), data=st.data())
 def test_decoding(case: Case, spare: int, data: st.DataObject) -> None:
     """Logits, stored keys, states and the number of evicted tokens of a row in a batch are those of the row alone."""
@@ -99,7 +99,7 @@ def test_decoding(case: Case, spare: int, data: st.DataObject) -> None:
             torch.testing.assert_close(ours.states["default"][row], own.states["default"][0], rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=70)
+@settings(max_examples=50)
 @given(case=cases(), spare=st.integers(0, 9), data=st.data())
 def test_replay(case: Case, spare: int, data: st.DataObject) -> None:
     """The teacher-forced forward gives what decoding gives, also for borders of different columns."""

@@ -163,7 +163,7 @@ def test_both_equal_the_reference(case: Case) -> None:
             assert relative_error(logits[row], expected) <= 1e-10, (name, row)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(case=cases(tuple(FAMILIES) + tuple(RELATIVES), equal=True))
 def test_float32(case: Case) -> None:
     """The same in float32, where rounding is what remains."""

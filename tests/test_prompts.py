@@ -17,7 +17,7 @@ from peft_pte import PTECache
 from peft_pte.config import CachePolicy
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=cases(), spare=st.integers(0, 5), data=st.data())
 def test_prompts_in_several_calls(case: Case, spare: int, data: st.DataObject) -> None:
     """Whatever was said of its length on the way, if it was not too much: the result is that of the prompt at once."""

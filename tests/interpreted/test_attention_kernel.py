@@ -58,7 +58,7 @@ def expected(query, keys, values, first, length, scaling) -> torch.Tensor:
     return reference.decode_attention(query.double(), keys.double(), values.double(), first, length, scaling)
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(
     dtype=st.sampled_from(list(LIMITS)),
     num_rows=st.integers(1, 3),

@@ -141,7 +141,7 @@ def test_layers_that_differ_are_launched_one_by_one() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.data())
 def test_read_state(data: st.DataObject) -> None:
     num_layers, num_rows = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
@@ -161,7 +161,7 @@ def test_read_state(data: st.DataObject) -> None:
     )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.data())
 def test_compact(data: st.DataObject) -> None:
     """The bytes of every slot that stays; overlapping moves, fewer or more slots than a block."""

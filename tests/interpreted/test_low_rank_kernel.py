@@ -58,7 +58,7 @@ def unpacked(function: Any, scaling: float) -> Any:
     return call
 
 
-@settings(max_examples=100)
+@settings(max_examples=70)
 @given(updates())
 def test_low_rank_update(case: dict[str, Any]) -> None:
     with patch.object(low_rank, "TARGET_PROGRAMS", case["target_programs"]):
