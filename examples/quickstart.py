@@ -40,7 +40,9 @@ from peft_pte import PTECache, PTEConfig
 # One bar at a time, and no notices of the libraries underneath about versions to come.
 disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # an arm has two on purpose
+# One arm has two adapters on purpose.
+warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
 
 ARMS = ("LoRA, same window", "Global-only", "PTE")
 Batch = dict[str, torch.Tensor]
