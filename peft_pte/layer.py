@@ -28,6 +28,11 @@ def refuse_merge(*args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(NOT_MERGEABLE)
 
 
+def is_sharded_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is gathered on demand (FSDP, ZeRO-3)."""
+    return any(hasattr(tensor, mark) for mark in ("full_tensor", "_fsdp_flattened", "ds_id"))
+
+
 def is_gathered(module: nn.Module) -> bool:
     """Whether the weight is there, and where it is computed with, only while the module is called, or may be.
 
@@ -36,7 +41,7 @@ def is_gathered(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.is_meta or "forward" in vars(module):
         return True
-    return any(hasattr(weight, mark) for mark in ("full_tensor", "_fsdp_flattened", "ds_id"))
+    return is_sharded_tensor(weight)
 
 
 def is_fused(modules: Sequence[nn.Module], *tensors: torch.Tensor, rank: int) -> bool:

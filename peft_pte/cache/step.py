@@ -24,9 +24,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from peft_pte_kernels import decode_attention
 
-from ..encoder import ENCODER_NAME, ThoughtEncoder
-from ..families import attention_modules
+from ..encoder import ThoughtEncoder
 from ..host import DecoderOutput, call_with_cache
+from ..stacked import encoders_of
 from . import flash
 from .cache import PTECache
 from .slots import SlotBuffer
@@ -145,12 +145,7 @@ class DecodeStep:
         self.decoder = twin_of(decoder, ATTENTION)
         self.adapters = cache.adapters
         self.is_inference = torch.is_inference_mode_enabled()
-        attentions = attention_modules(self.decoder).values()
-        self.encoders = [
-            (attention, getattr(attention, ENCODER_NAME))
-            for attention in attentions
-            if hasattr(attention, ENCODER_NAME)
-        ]
+        self.encoders = encoders_of(self.decoder)
         self.ids = torch.zeros_like(ids)
         self.positions = torch.zeros(ids.shape, dtype=torch.long, device=ids.device)
         self.slot = torch.zeros(1, dtype=torch.long, device=ids.device)

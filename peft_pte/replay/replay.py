@@ -237,8 +237,8 @@ def replay(
     )
     embeds = run.inputs.get("inputs_embeds")
     trains = bool(parameters) or (embeds is not None and embeds.requires_grad)
-    sharded = is_sharded(parameters) or has_gathered_encoders(decoder)
-    if truncated and trains and sum(1 for _ in run.groups()) > 1 and not sharded:
+    in_two_passes = truncated and trains and sum(1 for _ in run.groups()) > 1
+    if in_two_passes and not (is_sharded(parameters) or has_gathered_encoders(decoder)):
         if head is None and kwargs.get("output_router_logits", getattr(decoder.config, "output_router_logits", False)):
             raise ValueError(
                 "PTEConfig: `gradient` is 'truncated', but router logits were asked for (`output_router_logits`), "

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..cache.schedule import Segment
+from ..layer import is_sharded_tensor
 from ..stacked import StackedEncoders, encoders_of, stack_encoders
 from .heads import Scoring
 from .segments import Gone, LayerPast, Stored
@@ -57,7 +58,7 @@ class Run(Protocol):
 
 def is_sharded(parameters: list[nn.Parameter]) -> bool:
     """Whether parameters are gathered on demand (FSDP, ZeRO-3), which only ordinary autograd can do."""
-    return any(hasattr(p, name) for p in parameters for name in ("full_tensor", "_fsdp_flattened", "ds_id"))
+    return any(map(is_sharded_tensor, parameters))
 
 
 def results_of(output: BaseModelOutputWithPast, of_head: bool) -> list[torch.Tensor]:
