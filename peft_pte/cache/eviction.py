@@ -48,30 +48,22 @@ def evict(cache: PTECache, mask: torch.Tensor | None, decoder: nn.Module) -> Non
 def evict_together(cache: PTECache, decoder: nn.Module, start: int, n: int) -> None:
     """Evict `n` slots from `start` on, in all rows."""
     positions = KeyPositions(decoder.rotary_emb, cache.positions.take(start, n)[:, 0, :, 0])
-    if not evict_at_once(cache, decoder, start, n, positions, None):
+    if not evict_at_once(cache, decoder, start, n, positions):
         for layer in cache.layers:
             keys, values = layer.key_slots.take(start, n), layer.value_slots.take(start, n)
             layer.evicted = Evicted(keys, values, positions, None)
     cache.evicted = [evicted + n for evicted in cache.evicted]
 
 
-def evict_at_once(
-    cache: PTECache,
-    decoder: nn.Module,
-    start: int,
-    count: int,
-    positions: KeyPositions,
-    valid: torch.Tensor | None,
-) -> bool:
+def evict_at_once(cache: PTECache, decoder: nn.Module, start: int, count: int, positions: KeyPositions) -> bool:
     """Encode `count` slots from `start` on in every layer, and close the gap; False if nothing was done.
 
     Not with gradients, which need a copy of what leaves, nor with layers on several devices or sharded weights: then
     the layers encode a copy, each in its own forward.
 
-    Args:
-        positions: of what leaves; already taken out of the cache's own. valid: [B, count], False: no token; or None.
+    `positions`: of what leaves, in which every slot holds a token; already taken out of the cache's own.
     """
-    slots = [buffer for layer in cache.layers for buffer in (layer.key_slots, layer.value_slots)]
+    slots = cache.slots()
     if torch.is_grad_enabled() or any(buffer.must_copy() for buffer in slots):
         return False
     if len({buffer.storage.device for buffer in slots}) > 1 or not dispatch.uses_triton(slots[0].storage):
@@ -86,22 +78,14 @@ def evict_at_once(
                     return False
             groups.append((name, group))
     for name, group in groups:
-        encode_group(cache, name, group, start, count, positions, valid)
+        encode_group(cache, name, group, start, count, positions)
     peft_pte_kernels.compact([buffer.storage for buffer in slots], start, count, cache.stored_length + count)
     for buffer in slots:
         buffer.length -= count
     return True
 
 
-def encode_group(
-    cache: PTECache,
-    name: str,
-    group: Layers,
-    start: int,
-    count: int,
-    positions: KeyPositions,
-    valid: torch.Tensor | None,
-) -> None:
+def encode_group(cache: PTECache, name: str, group: Layers, start: int, count: int, positions: KeyPositions) -> None:
     """Encode and read for layers that share a rule and a rotation.
 
     Q and S_0 are computed anew, in a few launches for all layers: parameters may have changed since the last eviction.
@@ -112,7 +96,7 @@ def encode_group(
             layer.key_slots.view.narrow(-2, start, count),
             layer.value_slots.view.narrow(-2, start, count),
             positions,
-            valid,
+            None,
         )
         for layer in layers
     ]

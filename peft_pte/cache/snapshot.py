@@ -17,10 +17,8 @@ from torch.utils.hooks import RemovableHandle
 PACKAGE = __name__.partition(".")[0]
 # Hooks that do nothing in a step without gradients: transformers', to record outputs and to train embeddings, and ours.
 HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
-
-
 # Attributes that change from call to call, of modules (ours, and switched around a call) and of configurations.
-PASSING = {"call", "gradient_checkpointing", "_gradient_checkpointing_func", "use_cache"}
+PASSING = {"traced_call", "gradient_checkpointing", "_gradient_checkpointing_func", "use_cache"}
 # Operations whose result, or its shape, the host reads back from the device.
 SYNCHRONISING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # Before, a capture that fails leaves the allocator as if it still went on, and later ones die of an internal assertion
