@@ -184,12 +184,12 @@ def cached_forward(
         step = ready_step(decoder, cache, inputs, mask, kwargs, call)
         step_mask = None if step is not None else cache.compact_mask(mask, end - start)
         cache.begin_step(positions[:, start:end])
-        with layer_checkpointing_off(decoder):
-            if step is not None:
-                output = step.go_on(cache, inputs["input_ids"], positions)
-            else:
-                output = replayed_step(decoder, original, cache, inputs, step_mask, positions, kwargs, call)
-            if output is None:
+        if step is not None:
+            output = step.go_on(cache, inputs["input_ids"], positions)
+        else:
+            output = replayed_step(decoder, original, cache, inputs, step_mask, positions, kwargs, call)
+        if output is None:
+            with layer_checkpointing_off(decoder):
                 output = call_with_cache(
                     decoder,
                     original,
@@ -200,7 +200,7 @@ def cached_forward(
                     use_cache=True,
                     **kwargs,
                 )
-            outputs.append(output)
+        outputs.append(output)
         start = end
     output = join_outputs(outputs)
     set_cache(output, cache)
