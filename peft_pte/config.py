@@ -76,6 +76,12 @@ class PTEConfig(PeftConfig):
             thinking it may grow without limit. `None` takes `"bound"` for delta and `"read"` otherwise.
         state_norm_type (`"row"` or `"frobenius"`):
             For `"read"` and `"write"`: rows of unit L2 norm, or unit root-mean-square row norm over the whole matrix.
+        conv_size (`int` or `None`):
+            Width c of a short causal convolution over the projected keys that are written: every token goes under its
+            own key plus those of the `c - 1` tokens before it, weighted by channel; at the start the nearest counts in
+            full and farther ones not at all. A fact in text is neighbours, so that this learns sooner and holds more.
+            The last `c - 1` projected keys become a part of what a sequence carries. 1: off. `None` takes 2 for delta
+            and 1 otherwise.
         encode_keys (`"pre_rope"`, `"chunk"` or `"post_rope"`):
             Keys are encoded with their rotary position taken out, relative to the first token of the evicted chunk, or
             as they are in the cache.
@@ -102,7 +108,7 @@ class PTEConfig(PeftConfig):
             Embedding rows to train, as in PEFT.
         init_weights (`bool`):
             `True`: `A` starts at zero, so that the adapted model starts as the base model with a bounded cache.
-            `False`: random `A`, for tests.
+            `False`: random `A`, and a random convolution, for tests.
 
     Example:
 
@@ -143,6 +149,9 @@ class PTEConfig(PeftConfig):
     state_norm_type: Literal["row", "frobenius"] = field(
         default="row", metadata={"help": "Unit rows, or the whole matrix scaled to unit root-mean-square row norm."}
     )
+    conv_size: Optional[int] = field(
+        default=None, metadata={"help": "Width of the convolution over encoded keys. Default: 2 for delta, else 1."}
+    )
     encode_keys: Literal["pre_rope", "chunk", "post_rope"] = field(
         default="pre_rope", metadata={"help": "Which positions the encoded keys carry."}
     )
@@ -175,13 +184,16 @@ class PTEConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        # Only what was saved says a version. Adapters from before there was a convolution have none.
+        if self.conv_size is None and self.peft_version is not None:
+            self.conv_size = 1
         super().__post_init__()
         self.peft_type = PeftType.PTE
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        self.state_norm = self.norm
+        self.state_norm, self.conv_size = self.norm, self.num_convolved
         self._validate()
 
     @classmethod
@@ -193,6 +205,7 @@ class PTEConfig(PeftConfig):
             num_global_tokens=32,
             state_update="sum",
             state_norm="write",
+            conv_size=1,
             window_size="prompt",
             eviction_ratio=0.25,
             retained_prefix="prompt",
@@ -216,6 +229,13 @@ class PTEConfig(PeftConfig):
         if self.state_norm is not None:
             return self.state_norm
         return "bound" if self.state_update == "delta" else "read"
+
+    @property
+    def num_convolved(self) -> int:
+        """`conv_size`, or its default."""
+        if self.conv_size is not None:
+            return self.conv_size
+        return 2 if self.state_update == "delta" else 1
 
     @property
     def cache_policy(self) -> CachePolicy:
@@ -256,6 +276,8 @@ class PTEConfig(PeftConfig):
             refuse("r", "must be a positive integer.")
         if not is_int("num_global_tokens", 0):
             refuse("num_global_tokens", "must be an integer >= 0.")
+        if not is_int("conv_size", 1):
+            refuse("conv_size", "must be a positive integer or None.")
         if not is_number("pte_alpha") or not self.pte_alpha > 0:
             refuse("pte_alpha", "must be a positive number.")
         if not is_number("pte_dropout") or not 0 <= self.pte_dropout < 1:
@@ -275,6 +297,8 @@ class PTEConfig(PeftConfig):
             refuse("state_norm", "only state_update='sum' is normalised on write; use 'bound', 'read' or 'none'.")
         if self.state_norm == "bound" and self.state_update == "none":
             refuse("state_norm", "with state_update='none' nothing is written that could be bounded: 'read' or 'none'.")
+        if self.conv_size > 1 and self.state_update == "none":
+            refuse("conv_size", "with state_update='none' no keys are written: leave it out.")
         if self.state_update == "none" and self.num_global_tokens == 0:
             refuse("num_global_tokens", "with state_update='none' the state would always be zero: use 1 or more.")
         for name in ("init_weights", "offload"):

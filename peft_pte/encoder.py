@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import peft_pte_kernels
-from peft_pte_kernels.reference import UPDATES, normalize_state, unit_rows
+from peft_pte_kernels import reference
+from peft_pte_kernels.reference import normalize_state, unit_rows
 
 from .config import PTEConfig
 from .layer import PTELayer, device_of, is_fused
@@ -41,6 +42,12 @@ class StateRule(NamedTuple):
     norm: str
     norm_type: str
     encode_keys: str
+    conv_size: int
+
+    @property
+    def num_carried(self) -> int:
+        """Rows of what a sequence carries, [B, rows, r]: the core's r, and the keys that the convolution will read."""
+        return self.r + self.conv_size - 1
 
 
 class Reading(NamedTuple):
@@ -109,11 +116,19 @@ class ThoughtEncoder(nn.Module, PTELayer):
     """Parameters (by adapter) and state arithmetic of one attention layer.
 
     With d_kv = kv_heads * head_dim: `pte_query_tokens` q_g [r, d_kv], `pte_global_tokens` h [G, d_kv],
-    `pte_query`, `pte_key`, `pte_value`: W_Q, W_K, W_V [r, d_kv]. What is carried from eviction to eviction (the
-    "core") is an argument and a result, never an attribute.
+    `pte_query`, `pte_key`, `pte_value`: W_Q, W_K, W_V [r, d_kv]; with a convolution `pte_key_conv` [conv_size - 1, r],
+    the weights of the key before, and so on. What is carried from eviction to eviction (the "core", with the last
+    conv_size - 1 projected keys as rows under it) is an argument and a result, never an attribute.
     """
 
-    adapter_layer_names = ("pte_query_tokens", "pte_global_tokens", "pte_query", "pte_key", "pte_value")
+    adapter_layer_names = (
+        "pte_query_tokens",
+        "pte_global_tokens",
+        "pte_query",
+        "pte_key",
+        "pte_value",
+        "pte_key_conv",
+    )
     other_param_names = ("pte_rule",)
 
     def __init__(self, anchor: nn.Module, adapter_name: str, d_kv: int):
@@ -135,7 +150,13 @@ class ThoughtEncoder(nn.Module, PTELayer):
         """Add (or replace) the parameters of one adapter."""
         r, d_kv, num_tokens = config.r, self.d_kv, config.num_global_tokens
         self.pte_rule[adapter_name] = StateRule(
-            r, num_tokens, config.state_update, config.norm, config.state_norm_type, config.encode_keys
+            r,
+            num_tokens,
+            config.state_update,
+            config.norm,
+            config.state_norm_type,
+            config.encode_keys,
+            config.num_convolved,
         )
         self.pte_query_tokens[adapter_name] = TokenTable(r, d_kv)
         if num_tokens:
@@ -145,6 +166,14 @@ class ThoughtEncoder(nn.Module, PTELayer):
         for container in (self.pte_query, self.pte_key, self.pte_value):
             container[adapter_name] = StateLinear(d_kv, r, bias=False)
             nn.init.normal_(container[adapter_name].weight, std=d_kv**-0.5)
+        if config.num_convolved > 1:
+            # A token is written under its own key and the one before it: in text, what belongs together is neighbours.
+            self.pte_key_conv[adapter_name] = TokenTable(config.num_convolved - 1, r)
+            if config.init_weights:
+                nn.init.zeros_(self.pte_key_conv[adapter_name].weight)
+                nn.init.ones_(self.pte_key_conv[adapter_name].weight[0])
+        elif adapter_name in self.pte_key_conv:
+            del self.pte_key_conv[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -164,11 +193,11 @@ class ThoughtEncoder(nn.Module, PTELayer):
         """What an empty cache carries: M = 0, or the normalised S_0 where the state is normalised on write (Eq. 4)."""
         rule = self.pte_rule[name]
         if rule.norm == "write":
-            return normalize_state(self.reading(name).initial, rule.norm_type).expand(batch_size, -1, -1)
+            return start_of(rule, self.reading(name).initial[None], batch_size)[0]
         weight = self.pte_key[name].weight
         # Offloaded weights are on `meta`, and only what a module returns is where the computation is.
         like = self.query(name) if weight.is_meta else weight
-        return torch.zeros(batch_size, rule.r, rule.r, dtype=state_dtype(weight), device=like.device)
+        return torch.zeros(batch_size, rule.num_carried, rule.r, dtype=state_dtype(weight), device=like.device)
 
     def write(
         self,
@@ -178,7 +207,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         evicted: Evicted,
         query: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Encode evicted keys and values into the core: [B, r, r] -> [B, r, r] (Eq. 3 and 4, or the delta rule).
+        """Encode evicted keys and values into the core (Eq. 3 and 4, or the delta rule): [B, rows, r] -> [B, rows, r].
 
         `query`: Q, if it has been computed.
         """
@@ -195,27 +224,31 @@ class ThoughtEncoder(nn.Module, PTELayer):
         keys = self.pte_key[name](keys.transpose(1, 2).flatten(2))  # [B, m, r]
         values = self.pte_value[name](evicted.values.transpose(1, 2).flatten(2))
         valid = None if evicted.valid is None else evicted.valid.to(keys.device)
-        if rule.norm == "write":
-            added = UPDATES[rule.update](torch.zeros_like(core), keys, values, valid)
-            return normalize_state(core + (self.query(name) if query is None else query) @ added, rule.norm_type)
-        return UPDATES[rule.update](core, keys, values, valid)
+        taps = self.pte_key_conv[name]() if rule.conv_size > 1 else None
+        if rule.norm != "write":
+            return reference.write(rule.update, core, keys, values, valid, taps)
+        state, last = core[:, : rule.r], core[:, rule.r :]
+        added = reference.write(rule.update, torch.cat([torch.zeros_like(state), last], 1), keys, values, valid, taps)
+        state = state + (self.query(name) if query is None else query) @ added[:, : rule.r]
+        return torch.cat([normalize_state(state, rule.norm_type), added[:, rule.r :]], 1)
 
     def is_fused(self, name: str, keys: torch.Tensor) -> bool:
         """Whether keys and values are encoded by a kernel, which reads the weights where they lie."""
-        return is_fused((self.pte_key[name], self.pte_value[name]), keys, rank=self.pte_rule[name].r)
+        modules = [c[name] for c in (self.pte_key, self.pte_value, self.pte_key_conv) if name in c]
+        return is_fused(modules, keys, rank=self.pte_rule[name].r)
 
     def read(self, name: str, core: torch.Tensor) -> torch.Tensor:
         """The state S [B, r, r] that the projections use."""
         rule = self.pte_rule[name]
         if rule.norm == "write":
-            return core
+            return core[:, : rule.r]
         query, initial = self.reading(name)
         return read_layers(rule, core[None], Reading(query[None], initial[None]))[0]
 
     def advance(
         self, cores: dict[str, torch.Tensor], attention: nn.Module, evicted: Evicted | None, batch_size: int
     ) -> dict[str, torch.Tensor]:
-        """Start the cores of the live adapters, or carry them on: by adapter name, each [B, r, r]."""
+        """Start the cores of the live adapters, or carry them on: by adapter name, each [B, rows, r]."""
         advanced = {}
         with full_precision():
             for name in self.live_adapters:
@@ -256,6 +289,8 @@ class ThoughtEncoder(nn.Module, PTELayer):
             return torch.zeros((), dtype=state_dtype(weight), device=weight.device)
         empty = torch.empty(0, self.d_kv, dtype=weight.dtype, device=weight.device, requires_grad=True)
         zero = self.pte_key[name](empty).sum() + self.pte_value[name](empty).sum()
+        if rule.conv_size > 1:
+            zero = zero + self.pte_key_conv[name]()[:0].sum()
         return zero + self.query(name)[:0].sum() if rule.norm == "write" else zero
 
     def touch(self, name: str) -> torch.Tensor:
@@ -267,7 +302,8 @@ class ThoughtEncoder(nn.Module, PTELayer):
         if name in self.pte_global_tokens:
             empty = torch.cat([empty, self.pte_global_tokens[name]()[:0]])
         linears = (self.pte_query[name], self.pte_key[name], self.pte_value[name])
-        return sum(linear(empty).sum() for linear in linears)
+        zero = sum(linear(empty).sum() for linear in linears)
+        return zero + self.pte_key_conv[name]()[:0].sum() if name in self.pte_key_conv else zero
 
     def forward(self) -> None:
         """Not used: the encoder is called through `advance` by the attention module's hooks."""
@@ -277,13 +313,23 @@ class ThoughtEncoder(nn.Module, PTELayer):
         return "pte." + super().__repr__()
 
 
+def start_of(rule: StateRule, initial: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """What an empty cache carries in layers of one rule, [L, B, rows, r]; `initial`: S_0 [L, r, r]."""
+    start = initial.new_zeros(len(initial), batch_size, rule.num_carried, rule.r)
+    if rule.norm != "write":
+        return start
+    state = normalize_state(initial, rule.norm_type)[:, None].expand(-1, batch_size, -1, -1)
+    return torch.cat([state, start[:, :, rule.r :]], dim=2)
+
+
 def read_layers(rule: StateRule, cores: torch.Tensor, reading: Reading) -> torch.Tensor:
-    """The states of layers of one rule, [L, B, r, r], from their cores and from Q and S_0 [L, r, r].
+    """The states of layers of one rule, [L, B, r, r], from what they carry and from Q and S_0 [L, r, r].
 
     Delta rule: values on the side of A, keys on the side of B, so the product is transposed: S (B x) asks M with
     Q^T B x as the query and gets values, which is what the rule stores them for. The paper's order, which the sum
     keeps, asks values for keys.
     """
+    cores = cores[:, :, : rule.r]
     if rule.norm == "write":
         return cores
     initial = reading.initial[:, None]
@@ -301,7 +347,7 @@ def write_layers(
     evicted: list[Evicted],
     query: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As `ThoughtEncoder.write`, by a kernel for several layers: cores [L, B, r, r] -> [L, B, r, r].
+    """As `ThoughtEncoder.write`, by a kernel for several layers: cores [L, B, rows, r] -> [L, B, rows, r].
 
     `layers`: attention module and encoder of each; what has left them has the same positions. `query`: Q [L, r, r],
     which only states that are normalised on write need here.
@@ -326,8 +372,11 @@ def write_layers(
         [encoder.pte_key[name].weight for _, encoder in layers],
         [encoder.pte_value[name].weight for _, encoder in layers],
     )
-    options = rule.update, rotation, None if valid is None else valid.to(cores.device)
-    if rule.norm == "write":
-        added = peft_pte_kernels.encode(*arguments, torch.zeros_like(cores), *options)
-        return peft_pte_kernels.read_state(added, query, cores, False, rule.norm_type)
-    return peft_pte_kernels.encode(*arguments, cores, *options)
+    taps = [encoder.pte_key_conv[name].weight for _, encoder in layers] if rule.conv_size > 1 else None
+    options = rule.update, rotation, None if valid is None else valid.to(cores.device), taps
+    if rule.norm != "write":
+        return peft_pte_kernels.encode(*arguments, cores, *options)
+    states, last = cores.split([rule.r, rule.conv_size - 1], dim=2)
+    added = peft_pte_kernels.encode(*arguments, torch.cat([torch.zeros_like(states), last], 2), *options)
+    added, last = added.split([rule.r, rule.conv_size - 1], dim=2)
+    return torch.cat([peft_pte_kernels.read_state(added, query, states, False, rule.norm_type), last], dim=2)

@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from peft_pte_kernels.reference import normalize_state
-
 from .compiling import uncompiled
 from .encoder import (
     ENCODER_NAME,
@@ -27,6 +25,7 @@ from .encoder import (
     full_precision,
     read_layers,
     reading_of,
+    start_of,
     state_dtype,
     write_layers,
 )
@@ -122,13 +121,12 @@ class StackedEncoders(NamedTuple):
         return [x for x in (*self.reading, *parameters) if x.requires_grad]
 
     def start(self, batch_size: int) -> torch.Tensor:
-        """As `ThoughtEncoder.start`: [L, B, r, r]."""
-        rule, initial = self.rule, self.reading.initial[:, None].expand(-1, batch_size, -1, -1)
-        return normalize_state(initial, rule.norm_type) if rule.norm == "write" else initial.new_zeros(initial.shape)
+        """As `ThoughtEncoder.start`: [L, B, rows, r]."""
+        return start_of(self.rule, self.reading.initial, batch_size)
 
     @uncompiled
     def advance(self, cores: torch.Tensor | None, evicted: list[Evicted] | None, batch_size: int) -> torch.Tensor:
-        """As `ThoughtEncoder.advance`: start cores, or carry them on, [L, B, r, r]; `evicted`: of each layer."""
+        """As `ThoughtEncoder.advance`: start cores, or carry them on, [L, B, rows, r]; `evicted`: of each layer."""
         with full_precision():
             cores = self.start(batch_size) if cores is None else cores
             if evicted is None or self.rule.update == "none":
@@ -143,7 +141,7 @@ class StackedEncoders(NamedTuple):
 
     @uncompiled
     def read(self, cores: torch.Tensor) -> torch.Tensor:
-        """As `ThoughtEncoder.read`: [L, B, r, r] -> [L, B, r, r]."""
+        """As `ThoughtEncoder.read`: [L, B, rows, r] -> [L, B, r, r]."""
         with full_precision():
             return read_layers(self.rule, cores, self.reading)
 

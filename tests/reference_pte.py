@@ -62,7 +62,7 @@ def run_reference(
         adapter: Tensors named as in a PEFT state dict, without an adapter name. With None the policy is that
             of a plain sliding window: evicted thoughts are lost.
         config: r, pte_alpha, window_size, eviction_ratio, retained_prefix, state_update, state_norm,
-            state_norm_type, encode_keys. num_global_tokens is checked against the adapter if it is there.
+            state_norm_type, encode_keys, conv_size. num_global_tokens is checked against the adapter if it is there.
         tokens: The whole sequence, without padding.
         prompt_length: How many of the tokens are prompt.
         position_offset: Rotary position of the first token.
@@ -140,11 +140,17 @@ class ThoughtState:
         # Eq. 6. Without global tokens the inner product runs over nothing and S_0 is zero.
         self.initial = self.query @ (global_tokens @ self.w_key.T).T @ (global_tokens @ self.w_value.T)
         self.core = self.query.new_zeros(rank, rank)  # M, what the evictions have written
+        # The convolution's weights of the key before, the one before that, ..., and those keys, the last one first.
+        self.taps = list(encoder.get("pte_key_conv", []))
+        if len(self.taps) != config["conv_size"] - 1:
+            raise ValueError(f"the adapter convolves {len(self.taps) + 1} keys, not conv_size = {config['conv_size']}")
+        self.earlier = [self.query.new_zeros(rank)] * len(self.taps)
         self.written = self.normalize(self.initial)  # S itself, when it is normalised after each write
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Encode evicted keys and values [m, d_kv], oldest first."""
         keys, values = keys @ self.w_key.T, values @ self.w_value.T  # W_K K_e and W_V V_e, [m, r]
+        keys = torch.stack([self.convolved(key) for key in keys])
         if self.update == "sum":
             self.core = self.core + keys.T @ values
             self.written = self.normalize(self.written + self.query @ (keys.T @ values))  # Eq. 4, with Eq. 3
@@ -152,6 +158,14 @@ class ThoughtState:
             # Each token corrects what the memory answers to its key: M <- M + k (v - M^T k)^T with unit k.
             for key, value in zip(normalize_rows(keys), values, strict=True):
                 self.core = self.core + torch.outer(key, value - self.core.T @ key)
+
+    def convolved(self, key: Tensor) -> Tensor:
+        """The key [r] of one token with those of the tokens that were written before it."""
+        total = key
+        for weight, earlier in zip(self.taps, self.earlier, strict=True):
+            total = total + weight * earlier
+        self.earlier = [key, *self.earlier][: len(self.taps)]
+        return total
 
     def read(self) -> Tensor:
         """S as the projections use it."""

@@ -31,15 +31,16 @@ def encode(
     update: str,
     rotation: Rotation | None = None,
     valid: torch.Tensor | None = None,
+    taps: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Write what leaves the cache into the cores of all layers; see `reference.encode`."""
-    checks.encode(keys, values, key_weights, value_weights, cores, update, rotation, valid)
+    checks.encode(keys, values, key_weights, value_weights, cores, update, rotation, valid, taps)
     if uses_triton(keys[0], values[0], key_weights[0], value_weights[0], cores, rank=cores.shape[-1]):
         cos, sin, interleaved = (None, None, False) if rotation is None else rotation
         return encode_ops.encode_cores_op(
             keys, values, key_weights, value_weights, cores, update == "delta", cos, sin, interleaved, valid
         )
-    return reference.encode(keys, values, key_weights, value_weights, cores, update, rotation, valid)
+    return reference.encode(keys, values, key_weights, value_weights, cores, update, rotation, valid, taps)
 
 
 def read_state(

@@ -2,7 +2,8 @@
 
 Equations are those of the paper (arXiv 2602.16839). Shapes: L layers, B rows of a batch, H key/value heads, m tokens
 that leave the cache at once, D = head_dim, r the rank. A core M is [B, r, r] and starts at zero; a state S is [B, r, r]
-and acts as `dW = A S B` (Eq. 5). Cores and states are float32, or float64 in float64 models.
+and acts as `dW = A S B` (Eq. 5). With a short convolution of c tokens the last c - 1 projected keys are carried with the
+core, as rows under it: [B, r + c - 1, r]. Cores and states are float32, or float64 in float64 models.
 """
 
 from __future__ import annotations
@@ -92,6 +93,59 @@ def delta_update(
 UPDATES = {"sum": sum_update, "delta": delta_update}
 
 
+def convolve(
+    keys: torch.Tensor, before: torch.Tensor, taps: torch.Tensor, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The short causal convolution of keys: k_t + sum_j taps[j - 1] k_{t-j} per channel, over tokens that are encoded.
+
+    Args:
+        keys: [B, m, r]. before: the keys before them, [B, c - 1, r], zero where there were none. taps: [c - 1, r].
+        valid: [B, m], None or True first and then False in every row (see `in_front`).
+
+    Returns:
+        The sums [B, m, r], and the last c - 1 keys [B, c - 1, r].
+    """
+    m, size = keys.shape[1], len(taps)
+    known = torch.cat([before, keys], dim=1)
+    sums = keys
+    for j, tap in enumerate(taps, start=1):
+        sums = sums + tap * known[:, size - j : size - j + m]
+    if valid is None:
+        return sums, known[:, m:]
+    last = valid.sum(1)[:, None] + torch.arange(size, device=valid.device)
+    return sums, known.gather(1, last[..., None].expand(-1, -1, keys.shape[-1]))
+
+
+def in_front(
+    keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bring the valid tokens of every row to its front, in their order: keys and values [B, m, r], valid [B, m]."""
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    valid, index = valid.gather(1, order), order[..., None].expand_as(keys)
+    return *(x.gather(1, index).masked_fill(~valid[..., None], 0.0) for x in (keys, values)), valid
+
+
+def write(
+    update: str,
+    core: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor | None,
+    taps: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write projected keys and values [B, m, r] into the core, with the last keys under it: [B, r + c - 1, r].
+
+    `taps`: [c - 1, r] of the convolution, None: c = 1.
+    """
+    if taps is None:
+        return UPDATES[update](core, keys, values, valid)
+    if valid is not None:
+        keys, values, valid = in_front(keys, values, valid.expand(len(core), -1))
+    r = core.shape[-1]
+    keys, last = convolve(keys, core[:, r:], taps, valid)
+    return torch.cat([UPDATES[update](core[:, :r], keys, values, valid), last], dim=1)
+
+
 def encode(
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
@@ -101,24 +155,28 @@ def encode(
     update: str,
     rotation: Rotation | None = None,
     valid: torch.Tensor | None = None,
+    taps: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Write what leaves the cache into the cores of all layers: [L, B, r, r] -> [L, B, r, r].
+    """Write what leaves the cache into the cores of all layers: [L, B, r + c - 1, r] -> [L, B, r + c - 1, r].
 
     Args:
         keys, values: of each layer, [B, H, m, D], any strides.
         key_weights, value_weights: W_K and W_V of each layer, [r, H D].
-        cores: [L, B, r, r]. update: `"sum"` (Eq. 3) or `"delta"`.
+        cores: [L, B, r + c - 1, r]. update: `"sum"` (Eq. 3) or `"delta"`.
         rotation: takes the rotary position out of the keys. valid: [B, m], False: not encoded.
+        taps: of the convolution of keys in each layer, [c - 1, r]; None: c = 1.
     """
     written = []
-    for k, v, key_weight, value_weight, core in zip(keys, values, key_weights, value_weights, cores):
+    for layer, (k, v, key_weight, value_weight, core) in enumerate(
+        zip(keys, values, key_weights, value_weights, cores)
+    ):
         k, v = k.to(cores.dtype), v.to(cores.dtype)
         k = k if rotation is None else rotation.apply(k)
         k, v = (
             x.transpose(1, 2).flatten(2) @ weight.to(cores.dtype).mT
             for x, weight in ((k, key_weight), (v, value_weight))
         )
-        written.append(UPDATES[update](core, k, v, valid))
+        written.append(write(update, core, k, v, valid, None if taps is None else taps[layer].to(cores.dtype)))
     return torch.stack(written)
 
 
