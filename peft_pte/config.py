@@ -82,6 +82,11 @@ class PTEConfig(PeftConfig):
             full and farther ones not at all. A fact in text is neighbours, so that this learns sooner and holds more.
             The last `c - 1` projected keys become a part of what a sequence carries. 1: off. `None` takes 2 for delta
             and 1 otherwise.
+        output_source (`"hidden_states"`, `"attention_output"` or `None`):
+            What `x` is in `A S B x` at the attention module's output projection. `"hidden_states"`: the module's input,
+            as for q, k and v, so that what the state answers goes straight to the module's output.
+            `"attention_output"`: the projection's own input, as in the paper, so that the answer to a question waits
+            for an attention head that carries the question. `None` takes `"hidden_states"`.
         encode_keys (`"pre_rope"`, `"chunk"` or `"post_rope"`):
             Keys are encoded with their rotary position taken out, relative to the first token of the evicted chunk, or
             as they are in the cache.
@@ -152,6 +157,10 @@ class PTEConfig(PeftConfig):
     conv_size: Optional[int] = field(
         default=None, metadata={"help": "Width of the convolution over encoded keys. Default: 2 for delta, else 1."}
     )
+    output_source: Optional[Literal["hidden_states", "attention_output"]] = field(
+        default=None,
+        metadata={"help": "What the state is asked with at the output projection. Default: 'hidden_states'."},
+    )
     encode_keys: Literal["pre_rope", "chunk", "post_rope"] = field(
         default="pre_rope", metadata={"help": "Which positions the encoded keys carry."}
     )
@@ -184,10 +193,11 @@ class PTEConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        # Only what was saved says a version. Adapters from before there was a convolution have none.
-        if self.conv_size is None and self.peft_version is not None:
-            self.conv_size = 1
+        if self.peft_version is not None:  # only what was saved says it, and may be older than these fields
+            self.conv_size = self.conv_size or 1
+            self.output_source = self.output_source or "attention_output"
         super().__post_init__()
+        self.output_source = self.output_source or "hidden_states"
         self.peft_type = PeftType.PTE
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -206,6 +216,7 @@ class PTEConfig(PeftConfig):
             state_update="sum",
             state_norm="write",
             conv_size=1,
+            output_source="attention_output",
             window_size="prompt",
             eviction_ratio=0.25,
             retained_prefix="prompt",
@@ -266,6 +277,7 @@ class PTEConfig(PeftConfig):
             "state_norm": ("bound", "read", "write", "none"),
             "state_norm_type": ("row", "frobenius"),
             "encode_keys": ("pre_rope", "chunk", "post_rope"),
+            "output_source": ("hidden_states", "attention_output"),
             "gradient": ("full", "truncated"),
             "eviction_policy": ("sliding_window",),
         }

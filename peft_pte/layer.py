@@ -94,7 +94,7 @@ class PTELayer(BaseTunerLayer):
     """What the projections and the thought encoder have in common: containers by adapter name."""
 
     adapter_layer_names: tuple[str, ...] = ("pte_A", "pte_B", "pte_dropout")
-    other_param_names: tuple[str, ...] = ("pte_scaling",)
+    other_param_names: tuple[str, ...] = ("pte_scaling", "pte_reads_input")
 
     merge = refuse_merge
     unmerge = refuse_merge
@@ -141,14 +141,22 @@ class AttentionCall:
     """What the hooks of an attention module hand to its projections for the duration of one call.
 
     Args:
+        hidden_states: the module's input, [B, T, width].
         states: S of each adapter, [B, r, r].
         projections: all that are adapted.
         siblings: those of them that read the same input (q, k and v). The first one that is called computes all, so
             that they share their kernels, and leaves the results of the others here.
     """
 
-    def __init__(self, states: dict[str, torch.Tensor], projections: Collection[Linear], siblings: list[Linear]):
-        self.states, self.projections, self.siblings = states, projections, siblings
+    def __init__(
+        self,
+        hidden_states: torch.Tensor,
+        states: dict[str, torch.Tensor],
+        projections: Collection[Linear],
+        siblings: list[Linear],
+    ):
+        self.hidden_states, self.states = hidden_states, states
+        self.projections, self.siblings = projections, siblings
         self.input: torch.Tensor | None = None
         self.results: dict[Linear, torch.Tensor] = {}
 
@@ -172,20 +180,25 @@ class Linear(nn.Module, PTELayer):
 
     `pte_B[name]` is [r, in], `pte_A[name]` is [out, r]; the state `S` [B, r, r] is handed over by the attention
     module's hooks in `current_call`, for the duration of one call, and is never kept.
+
+    Args:
+        hidden_size: of an output projection, the width of its attention module's input, which `B` reads with
+            `output_source="hidden_states"`; None for projections that read that input anyway.
     """
 
     # The compiler knows no context variables. While it traces an attention module, its hooks write here instead, and
     # take it back in the same graph, so that nothing of it is left in the compiled code.
     traced_call: AttentionCall | None = None
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PTEConfig):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PTEConfig, hidden_size: int | None = None):
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.hidden_size = base_layer, hidden_size
         widths = widths_of(base_layer)
         if widths is None:
             raise TypeError(f"A {type(base_layer).__name__} does not say its `in_features` and `out_features`.")
         self.in_features, self.out_features = widths
         self.pte_scaling: dict[str, float] = {}
+        self.pte_reads_input: dict[str, bool] = {}  # of the projection; else the attention module's
         self.pte_A = nn.ModuleDict({})
         self.pte_B = nn.ModuleDict({})
         self.pte_dropout = nn.ModuleDict({})
@@ -198,7 +211,11 @@ class Linear(nn.Module, PTELayer):
         """Add (or replace) the parameters of one adapter."""
         self.pte_scaling[adapter_name] = config.pte_alpha / config.r
         self.pte_dropout[adapter_name] = nn.Dropout(config.pte_dropout) if config.pte_dropout else nn.Identity()
-        self.pte_B[adapter_name] = nn.Linear(self.in_features, config.r, bias=False)
+        reads_input = self.hidden_size is None or config.output_source == "attention_output"
+        self.pte_reads_input[adapter_name] = reads_input
+        self.pte_B[adapter_name] = nn.Linear(
+            self.in_features if reads_input else self.hidden_size, config.r, bias=False
+        )
         self.pte_A[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))
@@ -232,7 +249,8 @@ class Linear(nn.Module, PTELayer):
         result = self.base_layer(x, *args, **kwargs)
         for name in live:
             A, B = self.pte_A[name], self.pte_B[name]
-            z = B(self.pte_dropout[name](self._cast_input_dtype(x, B.weight.dtype)))
+            asked = x if self.pte_reads_input[name] else call.hidden_states
+            z = B(self.pte_dropout[name](self._cast_input_dtype(asked, B.weight.dtype)))
             z = z @ call.states[name].to(z.dtype).mT
             result = result + (A(z) * self.pte_scaling[name]).to(result.dtype)
         return result
@@ -254,10 +272,11 @@ class Linear(nn.Module, PTELayer):
             group = [self]  # with dropout every projection sees an input of its own
         results = [p.base_layer(x) for p in group]
         autocast = torch.is_autocast_enabled(x.device.type)
-        x_cast = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
         for name in live:
+            asked = x if self.pte_reads_input[name] else call.hidden_states
+            asked = asked.to(torch.get_autocast_dtype(x.device.type)) if autocast else asked
             results = low_rank_update(
-                self.pte_dropout[name](x_cast),
+                self.pte_dropout[name](asked),
                 results,
                 call.states[name],
                 [p.pte_A[name].weight for p in group],

@@ -140,7 +140,7 @@ class PTEModel(BaseTuner):
             self._outdated.discard(target)
             target.update_layer(adapter_name, peft_config)
             return
-        new_module = Linear(target, adapter_name, peft_config)
+        new_module = Linear(target, adapter_name, peft_config, hidden_size_at(parent, target_name))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -184,6 +184,15 @@ class PTEModel(BaseTuner):
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The layer under an adapter, or the layer itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def hidden_size_at(attention: nn.Module, projection: str) -> int | None:
+    """The width of an attention module's input, for a projection that reads something else; else None."""
+    readers = [name for name in (*SPLIT_PROJECTIONS, FUSED_PROJECTION) if hasattr(attention, name)]
+    if projection in readers:
+        return None
+    widths = widths_of(base_layer_of(getattr(attention, readers[0])))
+    return None if widths is None else widths[0]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -62,7 +62,7 @@ def run_reference(
         adapter: Tensors named as in a PEFT state dict, without an adapter name. With None the policy is that
             of a plain sliding window: evicted thoughts are lost.
         config: r, pte_alpha, window_size, eviction_ratio, retained_prefix, state_update, state_norm,
-            state_norm_type, encode_keys, conv_size. num_global_tokens is checked against the adapter if it is there.
+            state_norm_type, encode_keys, conv_size, output_source. num_global_tokens is checked against the adapter if it is there.
         tokens: The whole sequence, without padding.
         prompt_length: How many of the tokens are prompt.
         position_offset: Rotary position of the first token.
@@ -217,6 +217,9 @@ class ReferenceModel:
         if self.encode_keys not in ("pre_rope", "chunk", "post_rope"):
             raise ValueError(f"unknown encode_keys {self.encode_keys!r}")
         self.scaling = config["pte_alpha"] / config["r"]
+        if config["output_source"] not in ("hidden_states", "attention_output"):
+            raise ValueError(f"unknown output_source {config['output_source']!r}")
+        self.output_reads_input = config["output_source"] == "hidden_states"
         self.caches: list[list[CachedToken]] = [[] for _ in range(hf.num_hidden_layers)]
         self.states: list[ThoughtState | None] = []
         for layer in range(hf.num_hidden_layers):
@@ -304,14 +307,17 @@ class ReferenceModel:
             kv_head = head // (self.num_heads // self.num_kv_heads)  # neighbours share keys and values
             scores = keys[:, kv_head] @ query[head] * self.head_dim**-0.5
             heads.append(scores.softmax(0) @ values[:, kv_head])
-        return self.linear(f"{name}.o_proj", torch.cat(heads), read)
+        return self.linear(f"{name}.o_proj", torch.cat(heads), read, x if self.output_reads_input else None)
 
-    def linear(self, name: str, x: Tensor, state: Tensor | None = None) -> Tensor:
-        """y = W x (+ bias) + scaling * A S B x, Eq. 5; the last term for adapted projections only."""
+    def linear(self, name: str, x: Tensor, state: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
+        """y = W x (+ bias) + scaling * A S B x, Eq. 5; the last term for adapted projections only.
+
+        `asked`: what the state is asked with, where that is not x.
+        """
         y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
         if state is not None and f"{name}.pte_A.weight" in self.adapter:
             a, b = self.adapter[f"{name}.pte_A.weight"], self.adapter[f"{name}.pte_B.weight"]
-            y = y + self.scaling * (a @ (state @ (b @ x)))
+            y = y + self.scaling * (a @ (state @ (b @ (x if asked is None else asked))))
         return y
 
     def rms_norm(self, name: str, x: Tensor) -> Tensor:

@@ -149,8 +149,11 @@ class Recall(Task):
 class Capacity(Recall):
     """Recall for any number of pairs, for accuracy against pairs and width of the state: the base has seen them all."""
 
-    name = "capacity"
     solved_loss = 0.1
+
+    def __init__(self, keys: int = 16):
+        super().__init__(keys)
+        self.name = "capacity" if keys == 16 else f"capacity_{keys}_keys"
 
     def base_difficulty(self, generator: torch.Generator) -> dict[str, int]:
         return dict(pairs=int(torch.randint(1, len(self.keys) + 1, (), generator=generator)))
@@ -364,5 +367,5 @@ class Rule110(Task):
 
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Recall(), Capacity(), Variables(), Multiplication(), Cycle(), Rule110())
+    task.name: task for task in (Recall(), Capacity(), Capacity(32), Variables(), Multiplication(), Cycle(), Rule110())
 }

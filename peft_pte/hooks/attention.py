@@ -32,7 +32,7 @@ def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     states = layer.states_for(encoder, attention, hidden_states.shape[0])
     adapted = {name: child for name, child in attention._modules.items() if isinstance(child, Linear)}
     siblings = [adapted[name] for name in SPLIT_PROJECTIONS if name in adapted]
-    call = AttentionCall(states, adapted.values(), siblings)
+    call = AttentionCall(hidden_states, states, adapted.values(), siblings)
     if torch.compiler.is_compiling():
         for projection in adapted.values():
             projection.traced_call = call
