@@ -309,7 +309,7 @@ class PTEConfig(PeftConfig):
             refuse("state_norm", "only state_update='sum' is normalised on write; use 'bound', 'read' or 'none'.")
         if self.state_norm == "bound" and self.state_update == "none":
             refuse("state_norm", "with state_update='none' nothing is written that could be bounded: 'read' or 'none'.")
-        if self.conv_size > 1 and self.state_update == "none":
+        if self.num_convolved > 1 and self.state_update == "none":
             refuse("conv_size", "with state_update='none' no keys are written: leave it out.")
         if self.state_update == "none" and self.num_global_tokens == 0:
             refuse("num_global_tokens", "with state_update='none' the state would always be zero: use 1 or more.")

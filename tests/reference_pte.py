@@ -62,7 +62,8 @@ def run_reference(
         adapter: Tensors named as in a PEFT state dict, without an adapter name. With None the policy is that
             of a plain sliding window: evicted thoughts are lost.
         config: r, pte_alpha, window_size, eviction_ratio, retained_prefix, state_update, state_norm,
-            state_norm_type, encode_keys, conv_size, output_source. num_global_tokens is checked against the adapter if it is there.
+            state_norm_type, encode_keys, conv_size, output_source. num_global_tokens is checked against the adapter
+            if it is there.
         tokens: The whole sequence, without padding.
         prompt_length: How many of the tokens are prompt.
         position_offset: Rotary position of the first token.

@@ -2,8 +2,8 @@
 
 Equations are those of the paper (arXiv 2602.16839). Shapes: L layers, B rows of a batch, H key/value heads, m tokens
 that leave the cache at once, D = head_dim, r the rank. A core M is [B, r, r] and starts at zero; a state S is [B, r, r]
-and acts as `dW = A S B` (Eq. 5). With a convolution over c tokens the last c - 1 projected keys are carried with the core,
-as rows under it: [B, r + c - 1, r]. Cores and states are float32, or float64 in float64 models.
+and acts as `dW = A S B` (Eq. 5). With a convolution over c tokens the last c - 1 projected keys are carried with the
+core, as rows under it: [B, r + c - 1, r]. Cores and states are float32, or float64 in float64 models.
 """
 
 from __future__ import annotations
