@@ -5,12 +5,14 @@
     python benchmarks/evidence --task recall --design                   # what differs from "PTE" in one choice
     python benchmarks/evidence --task recall --steps 1500               # a table of its own
     python benchmarks/evidence --task variables --rl                    # GRPO from a supervised start
+    python benchmarks/evidence --task notes --seeds 0        # a real checkpoint: pip install -e ".[checkpoint]"
     python benchmarks/evidence --task recall --quick --output outputs/evidence   # minutes, to see that it runs
     python benchmarks/evidence --report                      # tables and figures from the committed results
 
-A small Llama is trained with a full cache until it solves the task at every distance, and frozen. Every arm then gets
-the same data in the same order and the same number of steps. Rows go to `<output>/<task>.csv` as runs end: runs that
-are there already are not repeated unless they are asked for by name.
+A small Llama is trained with a full cache until it solves the task at every distance, and frozen; for the task "notes"
+it is SmolLM2-135M-Instruct, as it is. Every arm then gets the same data in the same order and the same number of steps.
+Rows go to `<output>/<task>.csv` as runs end: runs that are there already are not repeated unless they are asked for by
+name.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from typing import Any
 from arms import ARMS, DESIGN_ARMS, MAIN_ARMS
 from oracle import run_oracle
 from report import report
+from streams import SymbolTask
 from tasks import TASKS
-from training import Settings, run_arm, train_base
+from training import Settings, make_base, run_arm
 
 QUICK = dict(steps=20, base_steps=30, trained_distance=24, distances=(0, 24, 48), num_evaluated=32)
 
@@ -50,24 +53,22 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def run(options: argparse.Namespace) -> None:
     difficulty = tuple(options.difficulty)
     TASKS[options.task].completed(dict(difficulty))  # refuses what the task does not have
-    settings = Settings(task=options.task, difficulty=difficulty)
+    settings = Settings.of(options.task, base_folder(options), difficulty)
     name = "_".join([*["rl"] * options.rl, options.task, *(f"{value}_{key}" for key, value in difficulty)])
     if options.quick:
         settings = replace(settings, **QUICK)
     if options.steps:
         settings, name = replace(settings, steps=options.steps), f"{name}_{options.steps}_steps"
     if options.hidden_size != settings.hidden_size:
-        if options.hidden_size < 64 or options.hidden_size % 64:
-            raise SystemExit(f"--hidden-size is {options.hidden_size}, but must be a multiple of 64.")
         settings, name = replace(settings, hidden_size=options.hidden_size), f"{name}_hidden_{options.hidden_size}"
     settings = replace(settings, device=options.device)
+    if options.evaluated:
+        settings = replace(settings, num_evaluated=options.evaluated)
     if options.learning_rate:
         settings = replace(settings, learning_rate=options.learning_rate)
         name = f"{name}_learning_rate_{options.learning_rate}"
     options.output.mkdir(parents=True, exist_ok=True)
-    path, base = options.output / f"{name}.csv", options.base / options.task
-    if settings.hidden_size != 64:
-        base = base.with_name(f"{options.task}_hidden_{settings.hidden_size}")
+    path = options.output / f"{name}.csv"
     usual = ["PTE", *DESIGN_ARMS] if options.design else MAIN_ARMS
     if options.rl:
         import rl  # not above: TRL takes seconds to import
@@ -83,24 +84,39 @@ def run(options: argparse.Namespace) -> None:
     # One process is this one.
     one = options.processes == 1
     with ThreadPoolExecutor(1) if one else ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        if not (base / "config.json").exists():
-            pool.submit(train_base, settings, base).result()
+        if not (settings.base / "config.json").exists():
+            pool.submit(make_base, settings, options.checkpoint).result()
 
         def submit(arm: str, seed: int) -> Future[list[dict[str, Any]]]:
             if options.rl:
                 start = settings if options.quick or options.steps else replace(settings, steps=rl.START_STEPS)
-                return pool.submit(
-                    rl.run_rl, arm, seed, start, base, rl.GRPO | (rl.QUICK_GRPO if options.quick else {})
-                )
+                return pool.submit(rl.run_rl, arm, seed, start, rl.GRPO | (rl.QUICK_GRPO if options.quick else {}))
             if ARMS[arm].adapter == "oracle":
                 return pool.submit(run_oracle, arm, seed, settings)
-            return pool.submit(run_arm, arm, seed, settings, base)
+            return pool.submit(run_arm, arm, seed, settings)
 
         for job in as_completed([submit(*run) for run in wanted if run not in done]):
             new = job.result()
             rows += new
             write(path, rows)
             print(f"{new[0]['arm']:<36} seed {new[0]['seed']}  {summary(new)}  {new[0]['seconds']} s", flush=True)
+
+
+def base_folder(options: argparse.Namespace) -> Path:
+    """Where the frozen base is, or will be."""
+    if not isinstance(TASKS[options.task], SymbolTask):
+        if options.hidden_size != 64:
+            raise SystemExit(
+                f"--hidden-size is of bases that are trained here; that of {options.task} is a checkpoint."
+            )
+        is_converted = options.checkpoint and (options.checkpoint / "config.json").exists()
+        return options.checkpoint if is_converted else options.base / options.task
+    if options.checkpoint:
+        raise SystemExit(f"--checkpoint is for notes; the base of {options.task} is trained here.")
+    if options.hidden_size < 64 or options.hidden_size % 64:
+        raise SystemExit(f"--hidden-size is {options.hidden_size}, but must be a multiple of 64.")
+    wider = f"_hidden_{options.hidden_size}" if options.hidden_size != 64 else ""
+    return options.base / f"{options.task}{wider}"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -133,7 +149,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only tables and figures of the results in --output")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder")
-    parser.add_argument("--base", type=Path, default=Path("outputs/evidence-base"), help="folder of trained bases")
+    parser.add_argument("--base", type=Path, default=Path("outputs/evidence-base"), help="folder of bases")
+    parser.add_argument("--checkpoint", type=Path, help="of notes: the wheel, or what is in it, or a converted folder")
+    parser.add_argument("--evaluated", type=int, help="streams at each distance, if others than usual")
     options = parser.parse_args()
     if bool(options.task) == options.report:
         parser.error("either --task or --report")

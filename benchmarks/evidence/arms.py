@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -26,14 +26,16 @@ class Arm:
     """One way to adapt the base.
 
     `adapter`: `"none"`, `"lora"`, `"pte"` or `"oracle"` (no model at all). `windowed`: under the bounded cache, which
-    PTE always is. `settings`: of `PTEConfig`. `rank`: another rank than the common one. `variant`: a change of the
-    method that the package does not have, in force while the arm is trained and evaluated.
+    PTE always is. `settings`: of `PTEConfig`. `rank`, `scaling`: others than the common ones; rank "matched" gives LoRA
+    as many trained parameters as PTE has. `variant`: a change of the method that the package does not have, in force
+    while the arm is trained and evaluated.
     """
 
     adapter: str
     windowed: bool
     settings: dict[str, Any] = field(default_factory=dict)
-    rank: int | None = None
+    rank: int | Literal["matched"] | None = None
+    scaling: float | None = None
     variant: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
@@ -50,8 +52,7 @@ MAIN_ARMS: dict[str, Arm] = {
     "base, windowed": Arm("none", windowed=True),
     "LoRA, full cache": Arm("lora", windowed=False),
     "LoRA, windowed": Arm("lora", windowed=True),
-    # As many trained parameters as PTE with rank 16 has, at the sizes of training.py.
-    "LoRA, windowed, parameters of PTE": Arm("lora", windowed=True, rank=25),
+    "LoRA, windowed, parameters of PTE": Arm("lora", windowed=True, rank="matched"),
     "Global-only": pte(state_update="none"),
     "PTE, paper (sum, norm on write)": pte(state_update="sum", state_norm="write"),
     "PTE, sum, norm on read": pte(state_update="sum", state_norm="read"),
@@ -72,16 +73,17 @@ DESIGN_ARMS: dict[str, Arm] = {
     "PTE, truncated gradient": pte(gradient="truncated"),
     "PTE, q and o": pte(target_modules=["q_proj", "o_proj"]),
     "PTE, v and o": pte(target_modules=["v_proj", "o_proj"]),
-    "PTE, scaling 1/4": pte(pte_alpha=4),
-    "PTE, scaling 1/2": pte(pte_alpha=8),
-    "PTE, scaling 4": pte(pte_alpha=64),
+    "PTE, scaling 1/4": replace(pte(), scaling=1 / 4),
+    "PTE, scaling 1/2": replace(pte(), scaling=1 / 2),
+    "PTE, scaling 4": replace(pte(), scaling=4.0),
     "PTE, W_V starts 1/4 as large": replace(pte(), variant=partial(with_values_scaled, 0.25)),
     "PTE, W_V starts 4 times as large": replace(pte(), variant=partial(with_values_scaled, 4.0)),
     "PTE, orthogonal query at the start": replace(pte(), variant=with_orthogonal_query),
     "PTE, rank 8": Arm("pte", windowed=True, rank=8),
     "PTE, rank 32": Arm("pte", windowed=True, rank=32),
-    "PTE, rank 32, scaling 1/2": Arm("pte", windowed=True, rank=32, settings=dict(pte_alpha=16)),
+    "PTE, rank 32, scaling 1/2": Arm("pte", windowed=True, rank=32, scaling=1 / 2),
     "PTE, rank 32, truncated gradient": Arm("pte", windowed=True, rank=32, settings=dict(gradient="truncated")),
+    "PTE, no convolution": pte(conv_size=1),
     "PTE, learned gate": replace(pte(), variant=partial(with_gate, False)),
     "PTE, learned gate on projections": replace(pte(), variant=partial(with_gate, True)),
 }
@@ -90,15 +92,25 @@ ORACLE_ARMS = {f"oracle, rank {rank}": Arm("oracle", windowed=False, rank=rank) 
 ARMS = MAIN_ARMS | DESIGN_ARMS | ORACLE_ARMS
 
 
-def adapt(base: torch.nn.Module, arm: Arm, rank: int, window_size: int, **cache: Any) -> torch.nn.Module:
-    """Attach the adapter of an arm, with scaling 1 unless its settings say otherwise. `cache`: more of `PTEConfig`."""
-    rank = arm.rank or rank
+def adapt(
+    base: torch.nn.Module,
+    arm: Arm,
+    rank: int,
+    window_size: int,
+    scaling: float = 1.0,
+    matched_rank: int = 25,
+    **cache: Any,
+) -> torch.nn.Module:
+    """Attach the adapter of an arm, with rank and scaling unless it has its own. `cache`: more of `PTEConfig`."""
+    rank = matched_rank if arm.rank == "matched" else arm.rank or rank
+    scaling = arm.scaling or scaling
     if arm.adapter == "lora":
-        base = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS), base)
+        lora = LoraConfig(r=rank, lora_alpha=rank * scaling, target_modules=PROJECTIONS)
+        base = inject_adapter_in_model(lora, base)
     if not arm.windowed:
         return base
     if arm.adapter == "pte":
-        shared = dict(r=rank, pte_alpha=rank, num_global_tokens=rank // 2)
+        shared = dict(r=rank, pte_alpha=rank * scaling, num_global_tokens=rank // 2)
         return with_window(base, window_size, **(shared | arm.settings | cache))
     # The bounded cache alone: a PTE adapter that is switched to nothing (A = 0, frozen).
     model = with_window(base, window_size, r=1, num_global_tokens=1, state_update="none", **cache)

@@ -12,7 +12,8 @@ from torch import nn
 
 from arms import ARMS
 from peft_pte_kernels.reference import delta_update
-from tasks import TASKS, Recall, Stream
+from streams import Stream
+from tasks import TASKS, Recall
 from training import Settings, about_training, evictions
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 2000, 128, 2e-2

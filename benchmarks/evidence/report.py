@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from arms import ARMS
+from streams import SymbolTask
 from tasks import TASKS
 
 REFERENCE = "PTE"  # which the other arms are compared with, seed by seed
@@ -57,10 +58,10 @@ class Results:
 
         The bounded one has room for the prompt and the whole window. A token is two vectors a layer, a state rank^2.
         """
-        stream = self.task.sample(1, distance, torch.Generator(), **self.difficulty)
+        length = self.task.length(distance, **self.difficulty)
         room = self.task.prompt_length + int(self.rows[0]["window_size"])
-        hidden_size = int(self.rows[0].get("hidden_size", 64))
-        return (stream.input_ids.shape[1] - 1) / (room + rank**2 / (2 * hidden_size))
+        width = self.task.kv_width(int(self.rows[0].get("hidden_size", 64)))
+        return (length - 1) / (room + rank**2 / (2 * width))
 
 
 def interval(values: torch.Tensor) -> tuple[float, float]:
@@ -87,16 +88,29 @@ def difference(by_seed: BySeed, reference: BySeed) -> str:
 
 
 def verdict(results: Results) -> str:
-    """Whether the table means anything: the base must solve the task, and not under the window."""
+    """Whether the table means anything: the full cache must be enough for the task, and the window must not."""
     full = [results.get("base, full cache", distance) for distance in results.distances]
     far = results.get("base, windowed", results.distances[-1])
     if not all(full) or not far:
         return "Gate: see the table with the base."
     lowest = min(by_seed[0] for by_seed in full)
+    if not isinstance(results.task, SymbolTask):
+        return verdict_on_checkpoint(results, lowest, far[0])
     valid = lowest >= GATE and far[0] <= results.chance + BLIND
     return (
         f"Gate: base with full cache at least {lowest:.2f} (>= {GATE} wanted), windowed and farthest {far[0]:.2f} "
         f"(a uniform guess: {results.chance:.2f}): {'passed' if valid else '**void**'}."
+    )
+
+
+def verdict_on_checkpoint(results: Results, lowest: float, far: float) -> str:
+    """The base has not seen the task and need not solve it; LoRA says what it could do."""
+    lora = [results.get("LoRA, full cache", distance) for distance in results.distances]
+    upper = f"at least {min(map(mean, lora)):.2f}" if all(lora) else "not run"
+    return (
+        f"The base is a checkpoint that was not trained on this task: with its full cache at least {lowest:.2f}. Upper "
+        f"line: LoRA with the full cache, {upper}. Gate: base windowed and farthest {far:.2f} (a uniform guess: "
+        f"{results.chance:.2f}): {'passed' if far <= results.chance + BLIND else '**void**'}."
     )
 
 

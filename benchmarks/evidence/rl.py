@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from trl import GRPOConfig
 
 from arms import ARMS
 from peft_pte.trainers.grpo import PTEGRPOTrainer
-from tasks import TASKS, Task
+from streams import SymbolTask
 from training import Settings, adapted, evaluate, supervised
 
 RL_ARMS = ["LoRA, windowed", "Global-only", "PTE, paper (sum, norm on write)", "PTE"]
@@ -50,7 +49,7 @@ class Evaluation(TrainerCallback):
             model.train()
 
 
-def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
+def tokenizer_of(task: SymbolTask) -> PreTrainedTokenizerFast:
     """A word is a token's number, but for padding and end: special tokens are found inside of words too."""
     words = {"<end>": 0} | {str(i): i for i in range(1, task.vocab_size)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
@@ -58,7 +57,7 @@ def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", eos_token="<end>", padding_side="left")
 
 
-def problems(task: Task, settings: Settings, size: int, seed: int) -> Dataset:
+def problems(task: SymbolTask, settings: Settings, size: int, seed: int) -> Dataset:
     """Streams up to the first scored answer, over all trained distances."""
     generator = torch.Generator().manual_seed(100_000 + seed)  # neither those of the start nor the held-out ones
     rows = []
@@ -74,11 +73,13 @@ def reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[flo
     return [float(said == right) for said, right in zip(completions, answer)]
 
 
-def run_rl(name: str, seed: int, settings: Settings, folder: Path, grpo: dict[str, Any]) -> list[dict[str, Any]]:
+def run_rl(name: str, seed: int, settings: Settings, grpo: dict[str, Any]) -> list[dict[str, Any]]:
     """One arm: a row with the reward of each step, and rows with accuracies on the way (step 0: after the start)."""
-    start, task = time.time(), TASKS[settings.task]
+    start, task = time.time(), settings.streams
+    if not isinstance(task, SymbolTask):
+        raise TypeError(f"{task.name} has answers of several tokens; GRPO is for tasks over symbols.")
     with ARMS[name].variant(), tempfile.TemporaryDirectory() as output:
-        model = adapted(ARMS[name], settings, seed, folder, retained_prefix=task.prompt_length)
+        model = adapted(ARMS[name], settings, seed, retained_prefix=task.prompt_length)
         for _ in supervised(model, settings, seed, windowed=True):
             pass
         evaluation = Evaluation(settings.two_distances)

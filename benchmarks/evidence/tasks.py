@@ -1,116 +1,14 @@
-"""Procedurally generated tasks whose evidence stands in thoughts that can be evicted, at a controlled distance.
-
-Every stream reads: prompt | evidence | filler | questions and answers. The prompt is one constant token, the same in
-all streams, and the filler comes from symbols of its own, so neither tells anything about the answers. A stream
-depends on the generator alone: another seed is the held-out split.
-"""
+"""Procedurally generated tasks over symbols that a small base is trained on, and the list of all tasks."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from itertools import accumulate
-from typing import NamedTuple
-
 import torch
 
-
-class Stream(NamedTuple):
-    """Rows of equal length without padding."""
-
-    input_ids: torch.Tensor  # [N, T] int64
-    answers: torch.Tensor  # [N, T] bool: tokens to be predicted from what stands before them
-    scored: torch.Tensor  # [N, T] bool: those answers whose accuracy counts, equally many in each row
-
-    def to(self, device: torch.device) -> Stream:
-        return Stream(*(x.to(device) for x in self))
+from notes import Notes
+from streams import Parts, SymbolTask, Task, every, pick, shuffled, symbols
 
 
-class Parts(NamedTuple):
-    """What a task writes before and after the filler. Masks are over columns: all rows have one layout."""
-
-    evidence: torch.Tensor  # [N, E] int64
-    questions: torch.Tensor  # [N, Q] int64, with their answers
-    evidence_answers: torch.Tensor  # [E] bool
-    answers: torch.Tensor  # [Q] bool
-    scored: torch.Tensor  # [Q] bool
-
-
-def symbols(*sizes: int) -> list[range]:
-    """Consecutive ranges of tokens, after padding (0, never used), the prompt's token and the filler."""
-    borders = list(accumulate(sizes, initial=Task.filler.stop))
-    return [range(start, stop) for start, stop in zip(borders, borders[1:])]
-
-
-def shuffled(size: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """[size, count]: a permutation of 0..count - 1 in each row."""
-    return torch.rand(size, count, generator=generator).argsort(1)
-
-
-def pick(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """[N]: the index of a random True in each row of `allowed` [N, C]; any index where there is none."""
-    return torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1).argmax(1)
-
-
-def every(width: int, count: int, first_only: bool = False) -> torch.Tensor:
-    """[width * count] bool: the last token of each query (of the first one alone) of `width` tokens."""
-    mask = torch.zeros(count, width, dtype=torch.bool)
-    mask[: 1 if first_only else count, -1] = True
-    return mask.flatten()
-
-
-class Task(ABC):
-    """What the training reads of a task; `fault`, `possible_answers` and `write` make a new one."""
-
-    prompt_length = 4  # never evicted, without evidence
-    prompt_token = 1
-    filler = range(2, 6)
-    name: str
-    vocab_size: int
-    difficulty: dict[str, int]  # defaults of the keyword arguments of `sample` and `chance`
-    # The base: a small Llama that was seen to solve the task, and its loss at which the filler gets longer.
-    base_layers, base_heads, solved_loss = 4, 4, 0.2
-
-    def sample(self, size: int, distance: int, generator: torch.Generator, **difficulty: int) -> Stream:
-        """`size` streams with `distance` tokens of filler between the last token of evidence and the first question."""
-        parts = self.write(size, generator, self.completed(difficulty))
-        noise = torch.randint(self.filler.start, self.filler.stop, (size, distance), generator=generator)
-        prompt = torch.full((size, self.prompt_length), self.prompt_token)
-        ids = torch.cat([prompt, parts.evidence, noise, parts.questions], 1)
-        before = torch.zeros(self.prompt_length, dtype=torch.bool)
-        between = torch.zeros(distance, dtype=torch.bool)
-        answers = torch.cat([before, parts.evidence_answers, between, parts.answers])
-        scored = torch.cat([before, torch.zeros_like(parts.evidence_answers), between, parts.scored])
-        return Stream(ids, answers.repeat(size, 1), scored.repeat(size, 1))
-
-    def base_difficulty(self, generator: torch.Generator) -> dict[str, int]:
-        """What is not usual in the next batch that the base is trained on."""
-        return {}
-
-    def chance(self, **difficulty: int) -> float:
-        """Accuracy of a uniform guess among the possible answers of a scored token."""
-        return 1 / self.possible_answers(self.completed(difficulty))
-
-    def completed(self, difficulty: dict[str, int]) -> dict[str, int]:
-        """`difficulty` with the defaults for what it leaves out, checked."""
-        if unknown := difficulty.keys() - self.difficulty.keys():
-            raise TypeError(f"{self.name} has no {', '.join(sorted(unknown))}; it has {', '.join(self.difficulty)}")
-        given = {**self.difficulty, **difficulty}
-        if fault := self.fault(given):
-            raise ValueError(f"{self.name}: {fault}, not {given}")
-        return given
-
-    @abstractmethod
-    def fault(self, given: dict[str, int]) -> str:
-        """What is wrong with this difficulty: the condition it breaks, or nothing."""
-
-    @abstractmethod
-    def possible_answers(self, given: dict[str, int]) -> int: ...
-
-    @abstractmethod
-    def write(self, size: int, generator: torch.Generator, given: dict[str, int]) -> Parts: ...
-
-
-class Recall(Task):
+class Recall(SymbolTask):
     """Write then recall: `k3 v9 k7 v2 | filler | k7 v2 k3 v9`.
 
     Evidence: `pairs` distinct keys, each followed by its value, 2 * pairs tokens. Then `queries` keys, drawn with
@@ -153,13 +51,16 @@ class Capacity(Recall):
 
     def __init__(self, keys: int = 16):
         super().__init__(keys)
-        self.name = "capacity" if keys == 16 else f"capacity_{keys}_keys"
+        self.name = "capacity" if keys == 16 else f"capacity{keys}"
 
     def base_difficulty(self, generator: torch.Generator) -> dict[str, int]:
-        return dict(pairs=int(torch.randint(1, len(self.keys) + 1, (), generator=generator)))
+        if len(self.keys) <= 16:
+            return dict(pairs=int(torch.randint(1, len(self.keys) + 1, (), generator=generator)))
+        # Mostly few: with all numbers alike, a base for 32 keys had not found out how in 5,000 steps.
+        return dict(pairs=1 + int(len(self.keys) * torch.rand((), generator=generator).item() ** 2))
 
 
-class Variables(Task):
+class Variables(SymbolTask):
     """Variable tracking with overwrites: `x = v3 y = x x = v8 | filler | y v3 x v8`.
 
     Evidence: `assignments` statements of three tokens, `x = value` or `x = y`; a copy takes the value that y has then.
@@ -237,7 +138,7 @@ class Variables(Task):
         )
 
 
-class Multiplication(Task):
+class Multiplication(SymbolTask):
     """Scratchpad multiplication, lowest digit first: 21 * 43 is `1 2 * 3 4 + 3 6 0 + 4 8 0 | filler | = 3 0 9 0`.
 
     Evidence: both factors of `digits` digits without leading zeros, then the product of the first factor with each
@@ -284,7 +185,7 @@ class Multiplication(Task):
         )
 
 
-class Cycle(Task):
+class Cycle(SymbolTask):
     """Retrieval over several hops: `b c a b c a | filler | a 2? c b 1? c`.
 
     Evidence: the edges of one cycle through the first `nodes` names, in random order, 2 * nodes tokens. Then `queries`
@@ -326,7 +227,7 @@ class Cycle(Task):
         )
 
 
-class Rule110(Task):
+class Rule110(SymbolTask):
     """A cellular automaton on a ring: one step of 0 1 1 is `p0 0 p1 1 p2 1 | filler | 1? p0 1 p1 1 p2 1`.
 
     Evidence: the initial row of `width` cells, each after the name of its place, 2 * width tokens. Then the number of
@@ -367,5 +268,6 @@ class Rule110(Task):
 
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Recall(), Capacity(), Capacity(32), Variables(), Multiplication(), Cycle(), Rule110())
+    task.name: task
+    for task in (Recall(), Capacity(), Capacity(32), Variables(), Multiplication(), Cycle(), Rule110(), Notes())
 }

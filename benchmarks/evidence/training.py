@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,22 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import checkpoint
 from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
 from peft_pte.cache.schedule import Schedule
-from tasks import TASKS, Stream, Task
+from streams import Stream, SymbolTask, Task
+from tasks import TASKS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all arms of a table share."""
+    """What all arms of a table share. Tasks may have other defaults."""
 
     task: str
+    base: Path  # folder
     window_size: int = 16
     rank: int = 16
+    scaling: float = 1.0  # of the update, LoRA's too: alpha over rank
     steps: int = 600
     batch_size: int = 32
     learning_rate: float = 5e-3
@@ -34,8 +38,19 @@ class Settings:
     num_evaluated: int = 512
     base_steps: int = 6000  # at most
     difficulty: tuple[tuple[str, int], ...] = ()  # where it is not the task's own
-    hidden_size: int = 64  # of the base
+    hidden_size: int = 64  # of the base, if it is trained here
+    base_dtype: str = "float32"  # of the frozen base; adapters are float32
     device: str = "cpu"
+
+    @classmethod
+    def of(cls, task: str, base: Path, difficulty: tuple[tuple[str, int], ...] = ()) -> Settings:
+        """The usual ones of a task."""
+        return replace(cls(task, base, difficulty=difficulty), **TASKS[task].settings)
+
+    @property
+    def streams(self) -> Task:
+        """The task, ready to sample."""
+        return TASKS[self.task].opened(self.base)
 
     @property
     def pace(self) -> float:
@@ -55,7 +70,7 @@ class Settings:
     def held_out(self, distance: int) -> Stream:
         """The streams of the evaluation, which no training has seen: training counts its seeds from 0."""
         generator = torch.Generator().manual_seed(1_000_000 + distance)
-        return TASKS[self.task].sample(self.num_evaluated, distance, generator, **dict(self.difficulty))
+        return self.streams.held_out.sample(self.num_evaluated, distance, generator, **dict(self.difficulty))
 
 
 def loss_and_hits(
@@ -64,15 +79,16 @@ def loss_and_hits(
     """Mean cross-entropy of the answers; NLL and correctness of each scored token, [N, scored]."""
     border = dict(prompt_lengths=prompt_length) if windowed else {}
     stream = stream.to(model.device)
-    logits = model(input_ids=stream.input_ids, use_cache=False, **border).logits[:, :-1]
-    nll = F.cross_entropy(logits.transpose(1, 2), stream.input_ids[:, 1:], reduction="none")
-    right = logits.argmax(-1) == stream.input_ids[:, 1:]
-    answers, scored = stream.answers[:, 1:], stream.scored[:, 1:]
-    size = len(scored)
-    return nll[answers].mean(), nll[scored].view(size, -1), right[scored].view(size, -1)
+    # Logits of the answers alone: over a real vocabulary those of whole streams would not fit.
+    columns = stream.answers[0].nonzero()[:, 0]
+    logits = model(input_ids=stream.input_ids, use_cache=False, logits_to_keep=columns - 1, **border).logits.float()
+    expected, scored = stream.input_ids[:, columns], stream.scored[0, columns]
+    nll = F.cross_entropy(logits.transpose(1, 2), expected, reduction="none")
+    right = logits.argmax(-1) == expected
+    return nll.mean(), nll[:, scored], right[:, scored]
 
 
-def new_base(task: Task, hidden_size: int) -> torch.nn.Module:
+def new_base(task: SymbolTask, hidden_size: int) -> torch.nn.Module:
     num_heads = task.base_heads if hidden_size == 64 else hidden_size // 64
     config = LlamaConfig(
         vocab_size=task.vocab_size,
@@ -92,7 +108,15 @@ def new_base(task: Task, hidden_size: int) -> torch.nn.Module:
     return model
 
 
-def train_base(settings: Settings, folder: Path) -> None:
+def make_base(settings: Settings, source: Path | None) -> None:
+    """Train the base, or make the folder of the checkpoint (from `source` if it is there already)."""
+    if isinstance(settings.streams, SymbolTask):
+        train_base(settings, settings.streams)
+    else:
+        checkpoint.prepare(settings.base, source)
+
+
+def train_base(settings: Settings, task: SymbolTask) -> None:
     """Train a small Llama with a full cache until it answers over all distances, and save it.
 
     While the loss is small, it gets one hop more, up to the task's own number, then longer filler up to the farthest
@@ -100,7 +124,7 @@ def train_base(settings: Settings, folder: Path) -> None:
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    task, generator = TASKS[settings.task], torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     model = new_base(task, settings.hidden_size).to(settings.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95))
     longest, tail, average, farthest = 4, 200, 3.0, max(settings.distances)
@@ -128,7 +152,7 @@ def train_base(settings: Settings, folder: Path) -> None:
                 tail -= 1
         if step % 200 == 0:
             print(f"base for {settings.task}: step {step}, loss {average:.3f}, filler up to {longest}", flush=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(settings.base)
 
 
 def evictions(stream: Stream, task: Task, settings: Settings) -> int:
@@ -143,22 +167,23 @@ def evaluate(
     model: torch.nn.Module, settings: Settings, windowed: bool, control: str = ""
 ) -> list[dict[str, float | int | str]]:
     """Accuracy and NLL of the scored tokens at each distance, on streams that no training has seen."""
-    task, rows = TASKS[settings.task], []
+    task, rows = settings.streams, []
     model.eval()
     for distance in settings.distances:
-        stream = settings.held_out(distance)
+        stream = settings.held_out(distance).until_scored()
         with CONTROLS[control]() if control else nullcontext():
             _, nll, hits = loss_and_hits(model, stream, task.prompt_length, windowed)
+        hits = hits.all(1) if task.whole_answers else hits
         values = dict(accuracy=round(hits.float().mean().item(), 4), nll=round(nll.mean().item(), 4))
         count = evictions(stream, task, settings)
         rows.append(dict(control=control, distance=distance, evictions=count, **values))
     return rows
 
 
-def run_arm(name: str, seed: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
+def run_arm(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     """Train one arm and evaluate it: a row for each distance and control, and some on the way there."""
     with ARMS[name].variant():
-        return train_and_evaluate(name, seed, settings, folder)
+        return train_and_evaluate(name, seed, settings)
 
 
 def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: bool) -> Iterator[tuple[int, float]]:
@@ -166,7 +191,7 @@ def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: 
 
     The data depend on the seed alone, and are the same for every arm.
     """
-    task, generator = TASKS[settings.task], torch.Generator().manual_seed(seed)
+    task, generator = settings.streams, torch.Generator().manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     for step in range(settings.steps):
@@ -184,17 +209,22 @@ def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: 
         yield step + 1, loss.item()
 
 
-def adapted(arm: Arm, settings: Settings, seed: int, folder: Path, **cache: Any) -> torch.nn.Module:
-    """The frozen base in `folder` with the adapter of an arm."""
+def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.Module:
+    """The frozen base with the adapter of an arm."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").requires_grad_(False).to(settings.device)
-    return adapt(base, arm, settings.rank, settings.window_size, **cache)
+    base = AutoModelForCausalLM.from_pretrained(settings.base, dtype=settings.base_dtype).requires_grad_(False)
+    shared = dict(rank=settings.rank, window_size=settings.window_size, scaling=settings.scaling)
+    model = adapt(base.to(settings.device), arm, **shared, matched_rank=settings.streams.matched_rank, **cache)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
-def train_and_evaluate(name: str, seed: int, settings: Settings, folder: Path) -> list[dict[str, Any]]:
+def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     arm, start = ARMS[name], time.time()
-    model, loss = adapted(arm, settings, seed, folder), float("nan")
+    model, loss = adapted(arm, settings, seed), float("nan")
     rows: list[dict[str, Any]] = []
     if arm.is_trained:
         few = replace(settings.two_distances, num_evaluated=settings.num_evaluated // 4)
@@ -219,7 +249,8 @@ def train_and_evaluate(name: str, seed: int, settings: Settings, folder: Path) -
 
 def about_training(settings: Settings) -> dict[str, Any]:
     """The settings that a row of results tells."""
-    left_out = ["distances", "num_evaluated", "difficulty", "device"]
-    left_out += ["hidden_size"] if settings.hidden_size == 64 else []
+    left_out = {"base", "distances", "num_evaluated", "difficulty", "device"}
+    usual = {"hidden_size", "scaling", "base_dtype"}  # told where they are other than usual
+    left_out |= {field.name for field in fields(settings) if getattr(settings, field.name) == field.default} & usual
     told = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return told | dict(difficulty=" ".join(f"{key}={value}" for key, value in settings.difficulty))

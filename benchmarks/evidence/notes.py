@@ -1,0 +1,219 @@
+"""Notes in plain English, under real text, for a real pretrained base.
+
+    Notes: | The number of shells of Tom is 47. ... | text on Python | Questions: The number of shells of Tom is 47. ...
+
+A question is the beginning of its note: so the checkpoint, which is small, answers it untrained if it sees the note.
+Names and things are words of one token, numbers have two digits of one token each, so that all rows have one layout.
+Training and evaluation share the digits only: names, things and filler text of the evaluation occur in no training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from streams import Parts, Task, shuffled
+
+PROMPT = "Notes:\n"
+NOTE = "The number of{thing} of{name} is {number}.\n"
+BEFORE_QUESTIONS = "\nQuestions:\n"
+# How many tokens they take, known before there is a tokenizer, which is checked against this.
+PROMPT_LENGTH, NOTE_LENGTH, BEFORE_LENGTH = 3, 12, 4
+UNSUITABLE = "notes need a tokenizer that splits them as SmolLM2's does"
+Encode = Callable[[str], list[int]]
+
+NAMES = (
+    "Tom Anna Ben Clara David Emma Frank Grace Henry Jack Kate Leo Maria Nick Paul Rosa Sam Victor Walter Alice Bob "
+    "Carl Diana Eric George Hannah Ivan James Karen Linda Mark Nina Oscar Peter Robert Sarah Thomas Vera William Laura "
+    "Simon Julia Martin Lucy Adam Jane Mary John Michael Susan Helen Ruth Daniel Emily Oliver Rachel Steven Kevin "
+    "Brian Jason Lisa Amy Philip Alan Roger Max Lily Noah Ella Jacob Joseph Edward Charles Albert Arthur Richard Lewis "
+    "Margaret Elizabeth Catherine Andrew Anthony Matthew Luke Gary Larry Jerry Billy Tony Harry"
+)
+THINGS = (
+    "shells stamps coins books apples pencils stones marbles cards buttons keys bottles boxes cups plates flowers "
+    "trees chairs shoes hats maps boats bikes cars dogs cats horses birds goats cows ducks chickens rings pearls pens "
+    "toys balls lamps clocks watches pictures posters tickets candles spoons forks knives bowls baskets bags coats "
+    "shirts socks gloves ropes nails bricks tiles beads leaves seeds potatoes tomatoes carrots onions oranges lemons "
+    "bananas grapes berries nuts eggs cakes cookies pots jars tents drums guitars rabbits turtles frogs spiders bees "
+    "snakes mice notebooks letters envelopes magazines"
+)
+
+
+def words_in(text: str, held_out: bool) -> list[str]:
+    """Of each five words the last one is for the evaluation."""
+    return [word for i, word in enumerate(text.split()) if (i % 5 == 4) == held_out]
+
+
+def filler_text(held_out: bool) -> str:
+    """Prose of the Python documentation that every Python carries; the last quarter is for the evaluation.
+
+    The documentation repeats itself, so paragraphs are taken once: none is on both sides. Another version of Python has
+    a slightly different text.
+    """
+    paragraphs: dict[str, None] = {}
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            words = paragraph.split()
+            text = " ".join(words)
+            is_prose = sum(c.isalpha() or c == " " for c in text) > 0.9 * len(text)
+            if len(words) >= 12 and text.endswith((".", ":")) and is_prose:
+                paragraphs[text] = None
+    border = len(paragraphs) * 3 // 4
+    return "\n".join(list(paragraphs)[border:] if held_out else list(paragraphs)[:border])
+
+
+def check_length(text: str, tokens: Sequence[int | str], length: int) -> None:
+    if len(tokens) != length:
+        raise ValueError(f"{UNSUITABLE}: {text!r} has {len(tokens)} tokens, not {length}.")
+
+
+def only_token(word: str, encode: Encode) -> int:
+    tokens = encode(word)
+    check_length(word, tokens, 1)
+    return tokens[0]
+
+
+class Template:
+    """A sentence as tokens with gaps: `name` and `thing` of one token, `number` of two."""
+
+    def __init__(self, text: str, length: int, encode: Encode):
+        self.tokens: list[int | str] = []
+        for i, piece in enumerate(re.split(r"\{(\w+)\}", text)):
+            is_gap = i % 2 == 1
+            self.tokens += (["tens", "ones"] if piece == "number" else [piece]) if is_gap else encode(piece)
+        check_length(text, self.tokens, length)
+
+    def filled(self, **gaps: torch.Tensor) -> torch.Tensor:
+        """[..., length] tokens, from what stands in each gap, [...]."""
+        one = gaps["name"]
+        return torch.stack([gaps[t] if isinstance(t, str) else torch.full_like(one, t) for t in self.tokens], -1)
+
+    @property
+    def is_digit(self) -> torch.Tensor:
+        return torch.tensor([token in ("tens", "ones") for token in self.tokens])
+
+
+class Words:
+    """The tokens that streams are made of, by a base's tokenizer; its way to split words is checked."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, held_out: bool):
+        def encode(text: str) -> list[int]:
+            # A long text at once is meant here, though it is no input of the model.
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+        prompt, before = encode(PROMPT), encode(BEFORE_QUESTIONS)
+        check_length(PROMPT, prompt, PROMPT_LENGTH)
+        check_length(BEFORE_QUESTIONS, before, BEFORE_LENGTH)
+        self.prompt, self.before_questions = torch.tensor(prompt), torch.tensor(before)
+        self.note = Template(NOTE, NOTE_LENGTH, encode)
+        names, things = ([f" {word}" for word in words_in(words, held_out)] for words in (NAMES, THINGS))
+        self.names, self.things, self.digits = (
+            torch.tensor([only_token(word, encode) for word in words]) for words in (names, things, "0123456789")
+        )
+        self.text = torch.tensor(encode(filler_text(held_out)))
+        # Whether what is put together is what the tokenizer makes of the whole sentence.
+        count = max(len(names), len(things), 90)
+        gaps = dict(name=self.names, thing=self.things, tens=self.digits[1:].repeat_interleave(10))
+        gaps |= dict(ones=self.digits.repeat(9))
+        cycled = {name: values.repeat(count)[:count] for name, values in gaps.items()}
+        for i, row in enumerate(self.note.filled(**cycled).tolist()):
+            name, thing, number = names[i % len(names)], things[i % len(things)], 10 + i % 90
+            sentence = NOTE.format(name=name, thing=thing, number=number)
+            if encode(sentence) != row:
+                raise ValueError(f"{UNSUITABLE}: {sentence!r} is not the tokens of its words.")
+
+
+@lru_cache
+def words_of(folder: Path, held_out: bool) -> Words:
+    return Words(AutoTokenizer.from_pretrained(folder), held_out)
+
+
+class Notes(Task):
+    """Evidence: `facts` notes, each of another name, thing and two-digit number. All are asked for, in random order.
+
+    Answers are the digits, and those of the first question are scored. A number is right if both digits are.
+    """
+
+    name = "notes"
+    prompt_length = PROMPT_LENGTH
+    difficulty = dict(facts=3)
+    whole_answers = True
+    matched_rank = 40
+    settings = dict(
+        window_size=32,
+        rank=32,
+        scaling=0.5,
+        steps=100,
+        batch_size=8,
+        learning_rate=3e-3,
+        distances=(0, 32, 64, 128, 256),
+        num_evaluated=64,
+        base_steps=0,
+        # Of the frozen base; adapters are float32. Evaluation takes half of the time that float32 takes on a CPU.
+        base_dtype="bfloat16",
+    )
+
+    def __init__(self, folder: Path | None = None, held_out: bool = False):
+        self.folder, self.of_evaluation = folder, held_out
+
+    def opened(self, folder: Path) -> Notes:
+        return Notes(folder)
+
+    @property
+    def held_out(self) -> Notes:
+        """Other names, things and text."""
+        return Notes(self.folder, held_out=True)
+
+    @property
+    def words(self) -> Words:
+        if self.folder is None:
+            raise ValueError("notes are written with the tokenizer of a base: call opened(folder) first.")
+        return words_of(self.folder, self.of_evaluation)
+
+    def length(self, distance: int, **difficulty: int) -> int:
+        facts = self.completed(difficulty)["facts"]
+        return PROMPT_LENGTH + facts * 2 * NOTE_LENGTH + distance + BEFORE_LENGTH
+
+    def kv_width(self, hidden_size: int) -> int:
+        return 3 * 64  # heads of SmolLM2-135M
+
+    def fault(self, given: dict[str, int]) -> str:
+        most = min(len(words_in(words, held_out=True)) for words in (NAMES, THINGS))
+        return "" if 1 <= given["facts"] <= most else f"facts must be 1 to {most}"
+
+    def possible_answers(self, given: dict[str, int]) -> int:
+        return 90
+
+    def prompt(self, size: int) -> torch.Tensor:
+        return self.words.prompt.repeat(size, 1)
+
+    def noise(self, size: int, distance: int, generator: torch.Generator) -> torch.Tensor:
+        """Anywhere in the text."""
+        text = self.words.text
+        start = torch.randint(len(text) - distance + 1, (size, 1), generator=generator)
+        return text[start + torch.arange(distance)]
+
+    def write(self, size: int, generator: torch.Generator, given: dict[str, int]) -> Parts:
+        words, facts = self.words, given["facts"]
+        gaps = dict(
+            name=words.names[shuffled(size, len(words.names), generator)[:, :facts]],
+            thing=words.things[shuffled(size, len(words.things), generator)[:, :facts]],
+            tens=words.digits[torch.randint(1, 10, (size, facts), generator=generator)],
+            ones=words.digits[torch.randint(10, (size, facts), generator=generator)],
+        )
+        order = shuffled(size, facts, generator)
+        asked = words.note.filled(**{gap: tokens.gather(1, order) for gap, tokens in gaps.items()})
+        answers = torch.cat([torch.zeros(BEFORE_LENGTH, dtype=torch.bool), words.note.is_digit.repeat(facts)])
+        return Parts(
+            words.note.filled(**gaps).flatten(1),
+            torch.cat([words.before_questions.repeat(size, 1), asked.flatten(1)], 1),
+            torch.zeros(facts * NOTE_LENGTH, dtype=torch.bool),
+            answers,
+            answers & (torch.arange(len(answers)) < BEFORE_LENGTH + NOTE_LENGTH),
+        )

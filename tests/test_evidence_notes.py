@@ -1,0 +1,148 @@
+"""Notes for a real checkpoint, with a tiny random one here: streams can be solved by reading, and everything runs."""
+
+from __future__ import annotations
+
+import csv
+import re
+import runpy
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from models import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import notes
+from arms import ARMS
+from notes import Notes
+from tasks import TASKS
+from training import Settings, adapted
+
+
+def save_tokenizer(folder: Path, left_out: str = "") -> int:
+    """As SmolLM2's: bytes and merges, single digits. Only words of notes are merged, so that it is made quickly."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    words = [f" {word}" for word in f"{notes.NAMES} {notes.THINGS} number of is".split() if word != left_out]
+    trainer = trainers.BpeTrainer(
+        vocab_size=5000,
+        min_frequency=1,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*words, "The", "Notes", "Questions"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", eos_token="<end>").save_pretrained(folder)
+    return backend.get_vocab_size()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base")
+    tiny_model("llama", torch.float32, vocab_size=save_tokenizer(path)).save_pretrained(path)
+    return path
+
+
+def text_of(folder: Path, ids: torch.Tensor) -> str:
+    return PreTrainedTokenizerFast.from_pretrained(folder).decode(ids)
+
+
+def number_asked_for(read: str) -> str:
+    """From the text up to a question's number: what the note with that beginning says."""
+    said, question = read.rsplit("\n", 1)
+    assert said.startswith("Notes:\n")
+    (number,) = re.findall(re.escape(question) + r"(\d\d)\.\n", said)
+    return number
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("facts, distance", [(1, 0), (3, 40), (8, 7)])
+def test_numbers_can_be_read_off_the_text(folder: Path, held_out: bool, facts: int, distance: int) -> None:
+    task = Notes(folder, held_out)
+    stream = task.sample(4, distance, torch.Generator().manual_seed(0), facts=facts)
+    assert stream.input_ids.shape[1] == task.length(distance, facts=facts)
+    columns = stream.answers[0].nonzero()[:, 0].tolist()
+    assert (stream.answers == stream.answers[0]).all() and len(columns) == 2 * facts
+    assert stream.scored[0].nonzero()[:, 0].tolist() == columns[:2]
+    for row in stream.input_ids:
+        for tens in columns[::2]:
+            assert text_of(folder, row[tens : tens + 2]) == number_asked_for(text_of(folder, row[:tens]))
+
+
+def test_layout(folder: Path) -> None:
+    """Prompt, notes, `distance` tokens of the text, questions; the filler alone is new at another distance."""
+    task = Notes(folder)
+    far, near = (task.sample(4, distance, torch.Generator().manual_seed(0)).input_ids for distance in (30, 0))
+    start = notes.PROMPT_LENGTH + 3 * notes.NOTE_LENGTH
+    assert torch.equal(torch.cat([far[:, :start], far[:, start + 30 :]], 1), near)
+    text = notes.filler_text(held_out=False)
+    assert len({tuple(row) for row in far.tolist()}) == 4
+    for row in far:
+        assert text_of(folder, row[: notes.PROMPT_LENGTH]) == notes.PROMPT
+        assert text_of(folder, row[start : start + 30]) in text
+        assert len(set(re.findall(r" of (\w+) is", text_of(folder, row[:start])))) == 3
+
+
+def test_the_evaluation_has_names_things_and_text_of_its_own(folder: Path) -> None:
+    training, evaluation = (notes.words_of(folder, held_out) for held_out in (False, True))
+    for words in ("names", "things"):
+        ours, theirs = (set(getattr(x, words).tolist()) for x in (training, evaluation))
+        assert not ours & theirs and len(ours) > 3 * len(theirs) > 30
+    ours, theirs = (set(notes.filler_text(held_out).split("\n")) for held_out in (False, True))
+    assert not ours & theirs and len(ours) > len(theirs) > 50
+    settings = Settings.of("notes", folder)
+    names = set(re.findall(r" of (\w+) is", "".join(text_of(folder, row) for row in settings.held_out(0).input_ids)))
+    assert names <= set(notes.words_in(notes.NAMES, held_out=True))
+
+
+def test_what_a_tokenizer_must_do(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, left_out="Tom")
+    with pytest.raises(ValueError, match="as SmolLM2's does: ' Tom' has 3 tokens, not 1"):
+        Notes(tmp_path).sample(1, 0, torch.Generator())
+    with pytest.raises(ValueError, match=r"call opened\(folder\) first"):
+        TASKS["notes"].sample(1, 0, torch.Generator())
+    with pytest.raises(ValueError, match="facts must be 1 to"):
+        TASKS["notes"].chance(facts=40)
+
+
+def evidence(*arguments: object) -> None:
+    """The command, in this process, since a new one takes long."""
+    path = Path(__file__).parents[1] / "benchmarks" / "evidence" / "__main__.py"
+    with patch.object(sys, "argv", ["evidence", *map(str, arguments)]):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def test_arms_run_and_are_reported(folder: Path, tmp_path: Path) -> None:
+    """Rows and controls as of the other tasks; the gate does not ask of a checkpoint what it asks of a trained base."""
+    arms = ["base, full cache", "base, windowed", "LoRA, full cache", "PTE"]
+    command = ["--task", "notes", "--checkpoint", folder, "--output", tmp_path, "--seeds", 0, "--processes", 1]
+    evidence(*command, "--quick", "--evaluated", 8, "--arms", *arms)
+    rows = list(csv.DictReader((tmp_path / "notes.csv").open()))
+    # Three distances; on the way two distances at five steps; PTE also with two controls at two.
+    assert len(rows) == 4 * 3 + 2 * 5 * 2 + 2 * 2
+    assert rows[0]["base_dtype"] == "bfloat16" and rows[0]["scaling"] == "0.5" and "base" not in rows[0]
+    said = (tmp_path / "README.md").read_text()
+    assert (
+        "a checkpoint that was not trained on this task" in said and "Upper line: LoRA with the full cache, at" in said
+    )
+    assert "(a uniform guess: 0.01): passed" in said and "states zeroed, 24" in said
+    with pytest.raises(TypeError, match="GRPO is for tasks over symbols"):
+        evidence(*command, "--quick", "--rl", "--arms", "PTE")
+    with pytest.raises(SystemExit, match="that of notes is a checkpoint"):
+        evidence(*command, "--hidden-size", 128)
+    with pytest.raises(SystemExit, match="the base of recall is trained here"):
+        evidence("--task", "recall", *command[2:])
+
+
+def test_adapters_are_float32_over_a_bfloat16_base(folder: Path) -> None:
+    settings = Settings.of("notes", folder)
+    for arm in ("LoRA, full cache", "LoRA, windowed, parameters of PTE", "PTE"):
+        model = adapted(ARMS[arm], settings, seed=0)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} >= {torch.bfloat16}
