@@ -55,7 +55,7 @@ def is_fused(modules: Sequence[nn.Module], *tensors: torch.Tensor, rank: int) ->
     """
     if not dispatch.may_use_triton(tensors[0]):  # before a look at the weights, since it is asked in every step
         return False
-    gathered = not all(isinstance(module, nn.Linear) and not is_gathered(module) for module in modules)
+    gathered = not all(isinstance(module, (nn.Linear, nn.Embedding)) and not is_gathered(module) for module in modules)
     if gathered and dispatch.MODE == "triton":
         raise ValueError(
             "PTE_KERNELS=triton was asked for, but the adapter's weights are sharded, offloaded or wrapped, so that "
