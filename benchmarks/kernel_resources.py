@@ -72,32 +72,41 @@ def name_of(*values: Any) -> str:
 
 
 def encode_cases(encode: Any) -> Iterator[Case]:
-    """(dtype, head_dim, rank, layers, update, rotation): 0 none, 1 halves, 2 interleaved, 3 a part of the head."""
-    settings = [
-        *((BF16, 128, rank, 2, delta, 1) for rank in (32, 64) for delta in (0, 1)),
-        *((BF16, 128, 8, 2, 1, 1), (FP32, 128, 64, 2, 1, 1)),
-        *((BF16, head_dim, 64, 2, 1, 1) for head_dim in (80, 96)),
-        (FP16, 256, 32, 2, 1, 1),
-        (FP32, 64, 64, 1, 0, 0),
-        (BF16, 128, 16, 1, 1, 2),
-        (BF16, 128, 32, 1, 0, 3),
-    ]
-    for dtype, head_dim, rank, layers, delta, rotation in settings:
+    """(dtype, head_dim, rank, layers, update, rotation, keys convolved).
 
-        def run(dtype=dtype, head_dim=head_dim, rank=rank, layers=layers, delta=delta, rotation=rotation):
+    Rotation: 0 none, 1 halves, 2 interleaved, 3 a part of the head. One key is no convolution.
+    """
+    settings = [
+        *((BF16, 128, rank, 2, delta, 1, 1 + delta) for rank in (32, 64) for delta in (0, 1)),
+        *((BF16, 128, rank, 2, 1 - delta, 1, 1 + 3 * delta) for rank in (32, 64) for delta in (0, 1)),
+        *((BF16, 128, 8, 2, 1, 1, 2), (FP32, 128, 64, 2, 1, 1, 4)),
+        *((BF16, head_dim, 64, 2, 1, 1, 2) for head_dim in (80, 96)),
+        (FP16, 256, 32, 2, 1, 1, 2),
+        (FP32, 64, 64, 1, 0, 0, 1),
+        (BF16, 128, 16, 1, 1, 2, 1),
+        (BF16, 128, 32, 1, 0, 3, 2),
+        (FP16, 64, 64, 1, 1, 0, 4),
+    ]
+    for dtype, head_dim, rank, layers, delta, rotation, size in settings:
+
+        def run(
+            dtype=dtype, head_dim=head_dim, rank=rank, layers=layers, delta=delta, rotation=rotation, size=size
+        ):  # fmt: skip
             rows, heads, tokens = (2, 2, 64) if layers > 1 else (1, 1, 1)  # ones are constants to Triton
             keys, values = (
                 [torch.empty(rows, heads, tokens, head_dim, dtype=dtype) for _ in range(layers)] for _ in range(2)
             )
             weights = [[torch.empty(rank, heads * head_dim, dtype=dtype) for _ in range(layers)] for _ in range(2)]
-            cores = torch.empty(layers, rows, rank, rank)
+            taps = [torch.empty(size - 1, rank, dtype=dtype) for _ in range(layers)] if size > 1 else []
+            cores = torch.empty(layers, rows, rank + size - 1, rank)
             table = torch.empty(rows, tokens, head_dim // (4 if rotation == 3 else 2)) if rotation else None
             valid = torch.ones(rows, tokens, dtype=torch.bool) if rank >= 32 else None
-            call = (keys, values, *weights, cores, bool(delta), table, table, rotation == 2, valid)
+            call = (keys, values, *weights, cores, bool(delta), table, table, rotation == 2, valid, taps)
             encode.encode_cores(*call)
             encode.encode_cores_backward(torch.empty_like(cores), *call, needs_inputs=layers == 2)
 
-        yield name_of(dtype, f"D={head_dim} r={rank} L={layers} delta={delta} rotation={rotation}"), run
+        case = f"D={head_dim} r={rank} L={layers} delta={delta} rotation={rotation} c={size}"
+        yield name_of(dtype, case), run
 
 
 def state_cases(state: Any) -> Iterator[Case]:
@@ -111,7 +120,7 @@ def state_cases(state: Any) -> Iterator[Case]:
 
         def run(rank=rank, norm=norm, transposed=transposed):
             cores, query, initial = (
-                torch.empty(2, 2, rank, rank),
+                torch.empty(2, 2, rank + 1, rank)[:, :, :rank],  # with keys for a convolution under them
                 torch.empty(2, rank, rank),
                 torch.empty(2, 1, rank, rank),
             )

@@ -55,7 +55,7 @@ FUNCTIONS = [encode, read_state, compact, low_rank_update, decode_attention, tok
 INTEGERS = torch.zeros(B, dtype=torch.int32)
 CASES: list[tuple[Callable[..., None], dict[str, Any], str]] = [
     (encode, dict(update="product"), "`update` is 'product', but must be one of 'sum', 'delta'."),
-    (encode, dict(cores=zeros(B, R, R)), "`cores` is of shape (3, 4, 4), but must be [L, B, r, r]."),
+    (encode, dict(cores=zeros(B, R, R)), "`cores` is of shape (3, 4, 4), but must be [L, B, r + c - 1, r]."),
     (
         encode,
         dict(values=[zeros(B, H, M, D)]),
@@ -72,6 +72,37 @@ CASES: list[tuple[Callable[..., None], dict[str, Any], str]] = [
     (encode, dict(rotation=Rotation(zeros(2, M, 8), zeros(2, M, 8), False)), "`rotation.cos` is of shape (2, 5, 8)"),
     (encode, dict(rotation=Rotation(zeros(B, M, 9), zeros(B, M, 9), False)), "`rotation.cos` is of shape (3, 5, 9)"),
     (encode, dict(rotation=Rotation(zeros(B, M, 8), zeros(1, M, 8), False)), "`rotation.sin` is of shape (1, 5, 8)"),
+    (
+        encode,
+        dict(cores=zeros(L, B, R + 2, R)),
+        "`cores` is of shape (2, 3, 6, 4), but must be [L, B, r, r] without taps",
+    ),
+    (encode, dict(cores=zeros(L, B, R - 1, R)), "`cores` is of shape (2, 3, 3, 4), but must be [L, B, r, r]"),
+    (
+        encode,
+        dict(cores=zeros(L, B, R - 1, R), taps=[zeros(1, R)] * L),
+        "`cores` is of shape (2, 3, 3, 4), but must be [L, B, r + c - 1, r]",
+    ),
+    (
+        encode,
+        dict(taps=[zeros(1, R)] * L),
+        "`taps` is a list of 2, but must be None for cores that carry no keys, here (2, 3, 4, 4)",
+    ),
+    (
+        encode,
+        dict(cores=zeros(L, B, R + 1, R), taps=[zeros(1, R)]),
+        "`taps` is a list of 1, but must be one tensor for each layer, here 2",
+    ),
+    (
+        encode,
+        dict(cores=zeros(L, B, R + 2, R), taps=[zeros(2, R), zeros(1, R)]),
+        "`taps[1]` is of shape (1, 4), but must be [c - 1, r] for cores of [L, B, r + c - 1, r], here (2, 4)",
+    ),
+    (
+        encode,
+        dict(cores=zeros(L, B, R + 1, R), taps=[zeros(1, R).to("meta")] * L),
+        "`taps[0]` is on meta, but must be on cpu",
+    ),
     (encode, dict(cores=zeros(L, B, R, R).to("meta")), "`keys[0]` is on cpu, but must be on meta"),
     (read_state, dict(query=zeros(R, R)), "`query` is of shape (4, 4), but must be [L, r, r], here (2, 4, 4)"),
     (read_state, dict(initial=zeros(L, 2, R, R)), "`initial` is of shape (2, 2, 4, 4)"),
@@ -118,6 +149,11 @@ def test_what_fits_is_taken(function: Callable[..., None]) -> None:
 def test_what_does_not_fit_is_refused(function: Callable[..., None], changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         function(**changed)
+
+
+def test_cores_may_carry_keys() -> None:
+    encode(cores=zeros(L, B, R + 2, R), taps=[zeros(2, R)] * L)
+    read_state(cores=zeros(L, B, R + 2, R)[:, :, :R])
 
 
 def test_tables_and_masks_of_one_row_serve_all() -> None:

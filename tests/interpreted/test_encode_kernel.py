@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def laid_out(x: torch.Tensor, layout: int) -> torch.Tensor:
 
 @st.composite
 def encodings(draw: st.DrawFn, update: str) -> dict[str, Any]:
-    """Odd sizes, several layers, all layouts, rotations and masks."""
+    """Odd sizes, several layers, all layouts, rotations, masks and convolutions; encoded once or twice in a row."""
     num_layers, num_rows, num_heads = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     head_dim = draw(st.sampled_from([4, 16, 24, 32, 40]))
     m, r, layout = draw(st.integers(1, 70)), draw(st.sampled_from([4, 5, 8, 16, 20, 32])), draw(st.integers(0, 2))
@@ -49,14 +50,18 @@ def encodings(draw: st.DrawFn, update: str) -> dict[str, Any]:
         angles = random(generator, draw(st.sampled_from([1, num_rows])), tokens, half)
         rotation = Rotation(angles.cos().float(), angles.sin().float(), draw(st.booleans()))
     mask_rows = draw(st.sampled_from([1, num_rows]))
-    valid = torch.rand(mask_rows, m, generator=generator) < draw(st.sampled_from([0.0, 0.6, 1.0]))
+    valid = torch.rand(mask_rows, m, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.6, 1.0]))
+    valid[0] &= draw(st.booleans())  # also a row without tokens beside others
+    num_carried = draw(st.integers(0, 3))
+    taps = [random(generator, num_carried, r) / 2 for _ in range(num_layers)] if num_carried else []
     return dict(
         tensors=[laid_out(x, layout).to(dtype) for column in columns for x in column]
-        + [x.to(draw(st.sampled_from([torch.float32, dtype]))) for column in weights for x in column]
-        + [random(generator, num_layers, num_rows, r, r).float()],
+        + [x.to(draw(st.sampled_from([torch.float32, dtype]))) for x in (*weights[0], *weights[1], *taps)]
+        + [random(generator, num_layers, num_rows, r + num_carried, r).float()],
         rotation=rotation,
         valid=draw(st.sampled_from([valid, None])),
         update=update,
+        times=draw(st.sampled_from([1, 2])) if m < 20 else 1,
         limit=LIMITS[dtype],
     )
 
@@ -68,9 +73,12 @@ def unpacked(function: Any, case: dict[str, Any], dtype: torch.dtype) -> Any:
         rotation = Rotation(rotation.cos.to(dtype), rotation.sin.to(dtype), rotation.interleaved)
 
     def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        size = len(tensors) // 4
-        columns = [list(tensors[i * size : (i + 1) * size]) for i in range(4)]
-        return [function(*columns, tensors[-1], case["update"], rotation, case["valid"])]
+        *tensors, cores = tensors
+        size = len(cores)
+        columns = [list(tensors[i : i + size]) for i in range(0, len(tensors), size)]
+        for _ in range(case.get("times", 1)):
+            cores = function(*columns[:4], cores, case["update"], rotation, case["valid"], *columns[4:])
+        return [cores]
 
     return call
 
@@ -115,19 +123,41 @@ def test_garbage_in_masked_slots_is_not_read() -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = ([random(generator, 2, 2, 9, 16).float().requires_grad_()] for _ in range(2))
     weights = [[random(generator, 8, 32).float().requires_grad_()] for _ in range(2)]
-    cores = random(generator, 1, 2, 8, 8).float()
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[0, 4:], valid[1] = False, False
-    for update in ("sum", "delta"):
-        expected = peft_pte_kernels.encode(keys, values, *weights, cores, update, None, valid)
+    for update, num_carried in (("sum", 0), ("delta", 0), ("delta", 2)):
+        cores = random(generator, 1, 2, 8 + num_carried, 8).float()
+        taps = [random(generator, num_carried, 8).float().requires_grad_()] if num_carried else None
+        expected = peft_pte_kernels.encode(keys, values, *weights, cores, update, None, valid, taps)
         poisoned_inputs = [
             [x[0].detach().masked_fill(~valid[:, None, :, None], float("nan")).requires_grad_()] for x in (keys, values)
         ]
-        actual = peft_pte_kernels.encode(*poisoned_inputs, *weights, cores, update, None, valid)
+        actual = peft_pte_kernels.encode(*poisoned_inputs, *weights, cores, update, None, valid, taps)
         assert torch.equal(actual, expected) and torch.equal(actual[:, 1], cores[:, 1])
-        gradients = torch.autograd.grad(actual.sum(), [*poisoned_inputs[0], *poisoned_inputs[1], *weights[0]])
+        leaves = [*poisoned_inputs[0], *poisoned_inputs[1], *weights[0], *(taps or [])]
+        gradients = torch.autograd.grad(actual.sum(), leaves)
         assert all(x.isfinite().all() for x in gradients)
         assert not gradients[0][1].any() and not gradients[0][0, :, 4:].any()
+
+
+@pytest.mark.parametrize("update", ["sum", "delta"])
+def test_keys_are_convolved_across_calls(update: str) -> None:
+    """However a sequence is cut into evictions, with gaps between its tokens, down to single ones and none."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (random(generator, 2, 2, 30, 16).float() for _ in range(2))
+    weights = [[random(generator, 8, 32).float() / 6] for _ in range(2)]
+    taps, valid = [random(generator, 3, 8).float()], torch.rand(2, 30, generator=generator) < 0.7
+    start = random(generator, 1, 2, 11, 8).float()
+    expected = peft_pte_kernels.encode([keys], [values], *weights, start, update, None, valid, taps)
+    actual, first = start, 0
+    for count in (1, 1, 17, 2, 9):
+        k, v, mask = (x[..., first : first + count, :] for x in (keys, values, valid[..., None]))
+        actual = peft_pte_kernels.encode([k], [v], *weights, actual, update, None, mask[..., 0], taps)
+        first += count
+    assert first == 30
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    tokens = [keys[row][:, valid[row]][:, -3:].transpose(0, 1).flatten(1) @ weights[0][0].mT for row in range(2)]
+    torch.testing.assert_close(actual[0, :, 8:], torch.stack(tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_differ_are_launched_one_by_one() -> None:
@@ -135,10 +165,11 @@ def test_layers_that_differ_are_launched_one_by_one() -> None:
     keys = [random(generator, 2, 2, 5, 16).float(), random(generator, 2, 5, 2, 16).float().transpose(1, 2)]
     values = [random(generator, 2, 2, 5, 16).float() for _ in range(2)]
     weights = [[random(generator, 8, 32).float() for _ in range(2)] for _ in range(2)]
-    cores = torch.zeros(2, 2, 8, 8)
-    actual = peft_pte_kernels.encode(keys, values, *weights, cores, "delta")
-    expected = reference.encode(keys, values, *weights, cores, "delta")
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    taps, valid = [random(generator, 1, 8).float() for _ in range(2)], torch.tensor([[True, True, False, True, True]])
+    tensors = [*keys, *values, *weights[0], *weights[1], *taps, torch.zeros(2, 2, 9, 8)]
+    case = dict(rotation=None, valid=valid, update="delta")
+    plain = unpacked(reference.encode, case, torch.float64)
+    compare(unpacked(peft_pte_kernels.encode, case, torch.float32), plain, tensors, 2e-6)
 
 
 @settings(max_examples=60)
@@ -147,18 +178,26 @@ def test_read_state(data: st.DataObject) -> None:
     num_layers, num_rows = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     r = data.draw(st.sampled_from([2, 3, 8, 16, 20, 32, 48]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
-    shapes = (
-        (num_layers, num_rows, r, r),
-        (num_layers, r, r),
-        (num_layers, data.draw(st.sampled_from([1, num_rows])), r, r),
-    )
+    shapes = (num_layers, r, r), (num_layers, data.draw(st.sampled_from([1, num_rows])), r, r)
     options = data.draw(st.booleans()), data.draw(st.sampled_from(["none", "bound", "row", "frobenius"]))
+    rows = data.draw(st.sampled_from([r, r + 1, r + 3]))  # with the keys that a convolution carries under each core
     compare(
-        lambda *tensors: [peft_pte_kernels.read_state(*tensors, *options)],
-        lambda *tensors: [reference.read_state(*tensors, *options)],
-        [random(generator, *shape).float() for shape in shapes],
+        lambda cores, *tensors: [peft_pte_kernels.read_state(cores[:, :, :r], *tensors, *options)],
+        lambda cores, *tensors: [reference.read_state(cores[:, :, :r], *tensors, *options)],
+        [random(generator, num_layers, num_rows, rows, r).float()]
+        + [random(generator, *shape).float() for shape in shapes],
         LIMITS[torch.float32],
     )
+
+
+def test_cores_are_read_where_they_lie() -> None:
+    """Also if there are other rows between them."""
+    cores, query = torch.randn(2, 3, 9, 8)[:, :, :8], torch.randn(2, 8, 8)
+    with patch.object(state, "launch") as launch:
+        state.read_states(cores, query, query[:, None], False, "bound")
+        state.read_states_backward(torch.ones(2, 3, 8, 8), cores, query, query[:, None], False, "bound")
+    reads = [call.args[2:] for call in launch.call_args_list]
+    assert len(reads) == 2 and all(any(x is cores for x in arguments) for arguments in reads)
 
 
 @settings(max_examples=60)
@@ -195,23 +234,24 @@ def test_autograd_notices_what_compact_changes(num_heads: tuple[int, int]) -> No
             output.backward()
 
 
-@pytest.mark.parametrize("delta", [True, False])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_ops_are_registered_properly(delta: bool, num_layers: int) -> None:
+@pytest.mark.parametrize("delta, num_layers, num_carried", [(True, 1, 0), (True, 2, 2), (False, 1, 1), (False, 2, 0)])
+def test_ops_are_registered_properly(delta: bool, num_layers: int, num_carried: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    keys, values, *weights = (
+    keys, values, *weights, taps = (
         [random(generator, *shape).float().requires_grad_() for _ in range(num_layers)]
-        for shape in ((2, 2, 5, 16), (2, 2, 5, 16), (8, 32), (8, 32))
+        for shape in ((2, 2, 5, 16), (2, 2, 5, 16), (8, 32), (8, 32), (num_carried, 8))
     )
-    cores = torch.zeros(num_layers, 2, 8, 8, requires_grad=True)
+    taps = taps if num_carried else []
+    carried = torch.zeros(num_layers, 2, 8 + num_carried, 8, requires_grad=True)
     angles = random(generator, 2, 5, 8).float()
     valid = torch.rand(2, 5, generator=generator) < 0.7
     rest = (delta, angles.cos(), angles.sin(), False, valid)
-    torch.library.opcheck(encode.encode_cores_op, (keys, values, *weights, cores, *rest))
+    torch.library.opcheck(encode.encode_cores_op, (keys, values, *weights, carried, *rest, taps))
     plain = [[x.detach() for x in column] for column in (keys, values, *weights)]
     for needs_inputs in (True, False):
-        arguments = (torch.ones(num_layers, 2, 8, 8), *plain, cores.detach(), *rest, needs_inputs)
-        torch.library.opcheck(encode.encode_cores_backward_op, arguments)
+        arguments = (torch.ones_like(carried), *plain, carried.detach(), *rest, [x.detach() for x in taps])
+        torch.library.opcheck(encode.encode_cores_backward_op, (*arguments, needs_inputs))
+    cores = carried.detach()[:, :, :8].requires_grad_()
     query = random(generator, num_layers, 8, 8).float().requires_grad_()
     initial = random(generator, num_layers, 1, 8, 8).float().requires_grad_()
     torch.library.opcheck(state.read_states_op, (cores, query, initial, delta, "row"))

@@ -24,10 +24,11 @@ def one(*shape: int) -> torch.Tensor:
 
 def encode_many_rows() -> None:
     keys, values = ([one(ROWS, HEADS, 70, 1)] * LAYERS for _ in range(2))
-    weights = [torch.zeros(RANK, HEADS)] * LAYERS
-    call = (keys, values, weights, weights, one(LAYERS, ROWS, RANK, RANK), True, None, None, False, None)
+    weights, taps = [torch.zeros(RANK, HEADS)] * LAYERS, [torch.zeros(1, RANK)] * LAYERS
+    cores = one(LAYERS, ROWS, RANK + 1, RANK)
+    call = (keys, values, weights, weights, cores, True, None, None, False, None, taps)
     encode.encode_cores(*call)
-    encode.encode_cores_backward(one(LAYERS, ROWS, RANK, RANK), *call, needs_inputs=False)
+    encode.encode_cores_backward(cores, *call, needs_inputs=False)
 
 
 def read_many_rows() -> None:

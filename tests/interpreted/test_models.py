@@ -209,7 +209,7 @@ def test_a_layer_compiles_to_one_graph() -> None:
         graphs.append(graph)
         return aot_eager(graph, inputs)
 
-    arguments = x, keys, values, torch.zeros(2, 5, 5)
+    arguments = x, keys, values, torch.zeros(2, 6, 5)
     expected = forward(*arguments)
     actual = torch.compile(forward, fullgraph=True, backend=backend)(*arguments)
     (graph,) = graphs

@@ -35,10 +35,11 @@ def encode(
 ) -> torch.Tensor:
     """Write what leaves the cache into the cores of all layers; see `reference.encode`."""
     checks.encode(keys, values, key_weights, value_weights, cores, update, rotation, valid, taps)
-    if uses_triton(keys[0], values[0], key_weights[0], value_weights[0], cores, rank=cores.shape[-1]):
+    some = keys[0], values[0], key_weights[0], value_weights[0], cores, *(taps or [])[:1]
+    if uses_triton(*some, rank=cores.shape[-1]):
         cos, sin, interleaved = (None, None, False) if rotation is None else rotation
         return encode_ops.encode_cores_op(
-            keys, values, key_weights, value_weights, cores, update == "delta", cos, sin, interleaved, valid
+            keys, values, key_weights, value_weights, cores, update == "delta", cos, sin, interleaved, valid, taps or []
         )
     return reference.encode(keys, values, key_weights, value_weights, cores, update, rotation, valid, taps)
 

@@ -49,13 +49,22 @@ def encode(
     update: str,
     rotation: Rotation | None,
     valid: torch.Tensor | None,
+    taps: list[torch.Tensor] | None,
 ) -> None:
-    expect_dim("cores", cores, "[L, B, r, r]", 4)
-    num_layers, num_rows, r, _ = cores.shape
+    expect_dim("cores", cores, "[L, B, r + c - 1, r]", 4)
+    num_layers, num_rows, carried, r = cores.shape
     device = cores.device
     if update not in UPDATES:
         refuse("update", repr(update), f"one of {', '.join(map(repr, UPDATES))}")
-    expect("cores", cores, device, "[L, B, r, r]", num_layers, num_rows, r, r)
+    if carried < r or (taps is None and carried != r):
+        layout = "[L, B, r, r] without taps" if taps is None else "[L, B, r + c - 1, r]"
+        refuse("cores", f"of shape {tuple(cores.shape)}", layout)
+    if taps is not None:
+        expect_length("taps", taps, num_layers, "layer")
+        if carried == r:
+            refuse("taps", f"a list of {num_layers}", f"None for cores that carry no keys, here {tuple(cores.shape)}")
+        for layer, x in enumerate(taps):
+            expect(f"taps[{layer}]", x, device, "[c - 1, r] for cores of [L, B, r + c - 1, r]", carried - r, r)
     columns = dict(keys=keys, values=values, key_weights=key_weights, value_weights=value_weights)
     for name, column in columns.items():
         expect_length(name, column, num_layers, "layer")

@@ -47,33 +47,105 @@ def load_rotated(
 
 
 @triton.jit
-def strict_lower_products(k, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """N = strict_lower(K K^T), [BN, BN]."""
+def slots_of(valid_base, stride, tokens, m, before, HAS_VALID: tl.constexpr):
+    """Which of a block's tokens are encoded, and their slots: how many of the row are encoded before each of them, with
+    `before` in front of the block."""
+    is_token = tokens < m
+    slots = tokens
+    if HAS_VALID:
+        is_token = is_token & (tl.load(valid_base + tokens * stride, mask=is_token, other=0) != 0)
+        ones = is_token.to(tl.int32)
+        slots = before + tl.cumsum(ones, 0) - ones
+    return is_token, slots
+
+
+@triton.jit
+def tap_pointer(pointer, table, layer, L, C: tl.constexpr, TABLE: tl.constexpr):
+    """The weights of a layer's convolution, [C - 1, R]; not used if there is none."""
+    if C > 1:
+        pointer = layer_pointer(pointer, table + 4 * L, layer, TABLE)
+    return pointer
+
+
+@triton.jit
+def load_tap(taps, j, r, R: tl.constexpr):
+    """What the key `j` tokens before is weighted with, [1, BR]."""
+    return tl.load(taps + (j - 1) * R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_keys(known, taps, slots, count, r, R: tl.constexpr, C: tl.constexpr):
+    """Convolved keys of a block, [BN, BR]; `known`: the row's projected keys, behind the C - 1 that came before."""
+    mask = (slots < count)[:, None] & (r < R)[None, :]
+    at = (slots + C - 1)[:, None] * R + r[None, :]
+    keys = tl.load(known + at, mask=mask, other=0.0)
+    for j in range(1, C):
+        keys += load_tap(taps, j, r, R) * tl.load(known + at - j * R, mask=mask, other=0.0)
+    return keys
+
+
+@triton.jit
+def load_key_grad(grad, last_grad, taps, slots, is_key, count, r, R: tl.constexpr, C: tl.constexpr):
+    """Gradient of projected keys, [BN, BR]; those that came before have slots below zero.
+
+    `grad`: of the row's convolved keys; `last_grad`: of the C - 1 keys that are carried on.
+    """
+    at = slots[:, None] * R + r[None, :]
+    key_grad = tl.load(grad + at, mask=(is_key & (slots >= 0))[:, None] & (r < R)[None, :], other=0.0)
+    for j in range(1, C):  # the key j tokens later was convolved with this one
+        mask = is_key & (slots + j >= 0) & (slots + j < count)
+        later = tl.load(grad + at + j * R, mask=mask[:, None] & (r < R)[None, :], other=0.0)
+        key_grad += load_tap(taps, j, r, R) * later
+    if C > 1:
+        kept = slots + C - 1 - count
+        mask = (is_key & (kept >= 0))[:, None] & (r < R)[None, :]
+        key_grad += tl.load(last_grad + kept[:, None] * R + r[None, :], mask=mask, other=0.0)
+    return key_grad
+
+
+@triton.jit
+def inverse_norms(keys):
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(keys * keys, 1)), 1e-12)[:, None]
+
+
+@triton.jit
+def solved(k, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + N)^-1 with N = strict_lower(K K^T), [BN, BN], by forward substitution: row i needs the rows before it."""
     n = tl.arange(0, BN)
-    return tl.where(n[:, None] > n[None, :], tl.dot(k, tl.trans(k), input_precision=PRECISION), 0.0)
+    products = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    products = tl.where(n[:, None] < n[None, :], products, 0.0)  # N^T, whose columns are side by side in a thread
+    inverse = tl.where(n[:, None] == n[None, :], 1.0, 0.0)
+    for i in range(1, BN):
+        weights = tl.sum(tl.where((n == i)[None, :], products, 0.0), 1)[:, None]
+        inverse = tl.where((n == i)[:, None], inverse - tl.sum(weights * inverse, 0)[None, :], inverse)
+    return inverse
 
 
 @triton.jit
 def project_kernel(
-    k_ptr, v_ptr, wk_ptr, wv_ptr, table,  # keys, values [B, H, m, D]; W_K, W_V [R, H D]; addresses [4, L]
+    k_ptr, v_ptr, wk_ptr, wv_ptr, table,  # keys, values [B, H, m, D]; W_K, W_V [R, H D]; addresses [4 or 5, L]
     cos_ptr, sin_ptr, valid_ptr,          # [B, m or 1, HALF] float32; [B, m] uint8
-    key_ptr, norm_ptr, w_ptr, u_ptr,      # delta: k, 1 / |k~|, w, u_0; sum: k~, -, -, v~. [L, B, m, R], [L, B, m]
+    core_ptr,                             # [L, B, R + C - 1, R]
+    known_ptr, value_ptr, count_ptr,      # [L, B, C - 1 + m, R], [L, B, m, R], [L, B]: how many tokens are encoded
     L, B, m, H, D,
     stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
     stride_cb, stride_cm, stride_valid_b, stride_valid_m,
-    R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_VALID: tl.constexpr, DELTA: tl.constexpr,
-    TABLE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_VALID: tl.constexpr,
+    TABLE: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     layer_row = tl.program_id(0).to(tl.int64)
     layer, row = layer_row // B, layer_row % B
     r = tl.arange(0, BR)
     first = tl.program_id(1) * BP
     tokens = first + tl.arange(0, BP)
-    is_token = tokens < m
+    valid_base = valid_ptr + row * stride_valid_b
+    before = first
     if HAS_VALID:
-        at = valid_ptr + row * stride_valid_b + tokens * stride_valid_m
-        is_token = is_token & (tl.load(at, mask=is_token, other=0) != 0)
+        before = 0
+        for start in range(0, first, BP):
+            valid = tl.load(valid_base + (start + tl.arange(0, BP)) * stride_valid_m)
+            before += tl.sum((valid != 0).to(tl.int32), 0)
+    is_token, slots = slots_of(valid_base, stride_valid_m, tokens, m, before, HAS_VALID)
     k_base = layer_pointer(k_ptr, table, layer, TABLE) + row * stride_kb
     v_base = layer_pointer(v_ptr, table + L, layer, TABLE) + row * stride_vb
     wk_base = layer_pointer(wk_ptr, table + 2 * L, layer, TABLE)
@@ -97,131 +169,133 @@ def project_kernel(
             )
             w = tl.load(wv_base + weight_at, mask=weight_mask, other=0.0).to(tl.float32)
             values = tl.dot(v, w, values, input_precision=PRECISION)
-    at = (layer_row * m + tokens)[:, None] * R + r[None, :]
-    mask = (tokens < m)[:, None] & (r < R)[None, :]
-    tl.store(key_ptr + at, keys, mask=mask)
-    tl.store(u_ptr + at, values, mask=mask)
-    if DELTA:
-        tl.debug_barrier()  # the blocks below read what other threads have written
-        n = tl.arange(0, BN)
-        for start in range(0, tl.minimum(BP, m - first), BN):
-            block = first + start + n
-            out = layer_row * m + block
-            block_at = out[:, None] * R + r[None, :]
-            block_mask = (block < m)[:, None] & (r < R)[None, :]
-            unit = tl.load(key_ptr + block_at, mask=block_mask, other=0.0)
-            u = tl.load(u_ptr + block_at, mask=block_mask, other=0.0)
-            inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(unit * unit, 1)), 1e-12)
-            unit = unit * inverse[:, None]
-            products = strict_lower_products(unit, BN, PRECISION)
-            solved = unit
-            for i in range(1, BN):  # forward substitution: row i needs the rows before it
-                weights = tl.sum(tl.where((n == i)[:, None], products, 0.0), 0)[:, None]
-                is_row = (n == i)[:, None]
-                solved = tl.where(is_row, solved - tl.sum(weights * solved, 0)[None, :], solved)
-                u = tl.where(is_row, u - tl.sum(weights * u, 0)[None, :], u)
-            tl.debug_barrier()  # all threads have read the block that is overwritten here
-            tl.store(norm_ptr + out, inverse, mask=block < m)
-            tl.store(key_ptr + block_at, unit, mask=block_mask)
-            tl.store(w_ptr + block_at, solved, mask=block_mask)
-            tl.store(u_ptr + block_at, u, mask=block_mask)
+    known = known_ptr + layer_row * (C - 1 + m) * R
+    mask = is_token[:, None] & (r < R)[None, :]
+    at = slots[:, None] * R + r[None, :]
+    tl.store(known + (C - 1) * R + at, keys, mask=mask)
+    tl.store(value_ptr + layer_row * m * R + at, values, mask=mask)
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        tl.store(count_ptr + layer_row, before + tl.sum(is_token.to(tl.int32), 0))
+    if C > 1 and tl.program_id(1) == 0:
+        for i in range(C - 1):
+            key = tl.load(core_ptr + (layer_row * (R + C - 1) + R + i) * R + r, mask=r < R, other=0.0)
+            tl.store(known + i * R + r, key, mask=r < R)
 
 
 @triton.jit
 def update_kernel(
-    key_ptr, w_ptr, u_ptr,           # as `project_kernel` leaves them
-    core_ptr, new_ptr, saved_ptr,    # [L, B, R, R]; SAVE: the core before each block, [L, B, blocks, R, R]
-    m,
-    R: tl.constexpr, DELTA: tl.constexpr, SAVE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    known_ptr, value_ptr, count_ptr, table,  # as `project_kernel` leaves them; addresses [5, L]
+    taps_ptr, core_ptr, new_ptr,             # [C - 1, R]; [L, B, R + C - 1, R]
+    saved_ptr, inverse_ptr,                  # SAVE: the core before each block, [L, B, blocks, R, R], and (I + N)^-1
+    L, B, m,
+    R: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, SAVE: tl.constexpr, TABLE: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     layer_row = tl.program_id(0).to(tl.int64)
     n, r = tl.arange(0, BN), tl.arange(0, BR)
     square = r[:, None] * R + r[None, :]
     square_mask = (r < R)[:, None] & (r < R)[None, :]
-    core = tl.load(core_ptr + layer_row * R * R + square, mask=square_mask, other=0.0)
-    for start in range(0, m, BN):
-        at = (layer_row * m + start + n)[:, None] * R + r[None, :]
-        mask = (start + n < m)[:, None] & (r < R)[None, :]
-        k = tl.load(key_ptr + at, mask=mask, other=0.0)
-        u = tl.load(u_ptr + at, mask=mask, other=0.0)
-        if SAVE:
-            block = layer_row * tl.cdiv(m, BN) + start // BN
-            tl.store(saved_ptr + block * R * R + square, core, mask=square_mask)
+    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, TABLE)
+    known, values = known_ptr + layer_row * (C - 1 + m) * R, value_ptr + layer_row * m * R
+    count = tl.load(count_ptr + layer_row)
+    core = tl.load(core_ptr + layer_row * (R + C - 1) * R + square, mask=square_mask, other=0.0)
+    for start in range(0, count, BN):
+        slots = start + n
+        k = load_keys(known, taps, slots, count, r, R, C)
+        mask = (slots < count)[:, None] & (r < R)[None, :]
+        u = tl.load(values + slots[:, None] * R + r[None, :], mask=mask, other=0.0)
         if DELTA:
-            w = tl.load(w_ptr + at, mask=mask, other=0.0)
-            u = u - tl.dot(w, core, input_precision=PRECISION)
+            k = k * inverse_norms(k)
+            inverse = solved(k, BN, PRECISION)
+            u -= tl.dot(k, core, input_precision=PRECISION)
+            u = tl.dot(inverse, u, input_precision=PRECISION)
+            if SAVE:
+                block = layer_row * tl.cdiv(m, BN) + start // BN
+                tl.store(saved_ptr + block * R * R + square, core, mask=square_mask)
+                tl.store(inverse_ptr + block * BN * BN + n[:, None] * BN + n[None, :], inverse)
         core += tl.dot(tl.trans(k), u, input_precision=PRECISION)
-    tl.store(new_ptr + layer_row * R * R + square, core, mask=square_mask)
+    new = new_ptr + layer_row * (R + C - 1) * R
+    tl.store(new + square, core, mask=square_mask)
+    for i in range(C - 1):  # of the old keys and these, the last C - 1
+        key = tl.load(known + (count + i) * R + r, mask=r < R, other=0.0)
+        tl.store(new + (R + i) * R + r, key, mask=r < R)
 
 
 @triton.jit
 def update_backward_kernel(
-    key_ptr, w_ptr,                  # as `project_kernel` leaves them
-    grad_ptr, core_grad_ptr,         # gradients of the core after and before, [L, B, R, R]
-    saved_grad_ptr,                  # gradient of the core after each block, [L, B, blocks, R, R]
-    m,
-    R: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    known_ptr, count_ptr, table, inverse_ptr,  # as `project_kernel` and `update_kernel` leave them
+    taps_ptr, grad_ptr, core_grad_ptr,         # [C - 1, R]; gradients after and before, [L, B, R + C - 1, R]
+    saved_grad_ptr,                            # gradient of the core after each block, [L, B, blocks, R, R]
+    L, B, m,
+    R: tl.constexpr, C: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The blocks in reverse (delta rule): dM <- dM - w^T (K dM)."""
+    """The blocks in reverse (delta rule): dM <- dM - K^T (I + N)^-T K dM. Carried keys are left to
+    `project_backward_kernel`."""
     layer_row = tl.program_id(0).to(tl.int64)
     n, r = tl.arange(0, BN), tl.arange(0, BR)
     square = r[:, None] * R + r[None, :]
     square_mask = (r < R)[:, None] & (r < R)[None, :]
-    grad = tl.load(grad_ptr + layer_row * R * R + square, mask=square_mask, other=0.0)
-    num_blocks = tl.cdiv(m, BN)
+    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, TABLE)
+    known = known_ptr + layer_row * (C - 1 + m) * R
+    count = tl.load(count_ptr + layer_row)
+    grad = tl.load(grad_ptr + layer_row * (R + C - 1) * R + square, mask=square_mask, other=0.0)
+    num_blocks = tl.cdiv(count, BN)
     for i in range(num_blocks):
-        block = num_blocks - 1 - i
-        tokens = block * BN + n
-        at = (layer_row * m + tokens)[:, None] * R + r[None, :]
-        mask = (tokens < m)[:, None] & (r < R)[None, :]
-        tl.store(saved_grad_ptr + (layer_row * num_blocks + block) * R * R + square, grad, mask=square_mask)
-        k = tl.load(key_ptr + at, mask=mask, other=0.0)
-        w = tl.load(w_ptr + at, mask=mask, other=0.0)
+        start = (num_blocks - 1 - i) * BN
+        block = layer_row * tl.cdiv(m, BN) + start // BN
+        tl.store(saved_grad_ptr + block * R * R + square, grad, mask=square_mask)
+        k = load_keys(known, taps, start + n, count, r, R, C)
+        k = k * inverse_norms(k)
+        inverse = tl.load(inverse_ptr + block * BN * BN + n[:, None] * BN + n[None, :])
         u_grad = tl.dot(k, grad, input_precision=PRECISION)
-        grad -= tl.dot(tl.trans(w), u_grad, input_precision=PRECISION)
-    tl.store(core_grad_ptr + layer_row * R * R + square, grad, mask=square_mask)
+        u_grad = tl.dot(tl.trans(inverse), u_grad, input_precision=PRECISION)
+        grad -= tl.dot(tl.trans(k), u_grad, input_precision=PRECISION)
+    tl.store(core_grad_ptr + layer_row * (R + C - 1) * R + square, grad, mask=square_mask)
 
 
 @triton.jit
 def block_backward_kernel(
-    key_ptr, norm_ptr, w_ptr, u_ptr,     # as `project_kernel` leaves them
-    saved_ptr, grad_ptr,                 # delta: cores before and gradients after each block; sum: -, [L, B, R, R]
-    key_grad_ptr, value_grad_ptr,        # gradients of the projections k~ and v~, [L, B, m, R]
-    m,
-    R: tl.constexpr, DELTA: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    known_ptr, value_ptr, count_ptr, table,  # as `project_kernel` leaves them
+    taps_ptr,                                # [C - 1, R]
+    saved_ptr, inverse_ptr, grad_ptr,        # delta: as `update_kernel` and `update_backward_kernel` leave them;
+                                             # sum: -, -, [L, B, R + C - 1, R]
+    key_grad_ptr, value_grad_ptr,            # gradients of convolved keys and of values, [L, B, m, R]
+    L, B, m,
+    R: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     layer_row = tl.program_id(0).to(tl.int64)
     n, r = tl.arange(0, BN), tl.arange(0, BR)
-    tokens = tl.program_id(1) * BN + n
-    at = (layer_row * m + tokens)[:, None] * R + r[None, :]
-    mask = (tokens < m)[:, None] & (r < R)[None, :]
+    slots = tl.program_id(1) * BN + n
+    count = tl.load(count_ptr + layer_row)
+    if tl.program_id(1) * BN >= count:
+        return
+    at = layer_row * m * R + slots[:, None] * R + r[None, :]
+    mask = (slots < count)[:, None] & (r < R)[None, :]
     square = r[:, None] * R + r[None, :]
     square_mask = (r < R)[:, None] & (r < R)[None, :]
-    k = tl.load(key_ptr + at, mask=mask, other=0.0)
-    u = tl.load(u_ptr + at, mask=mask, other=0.0)
+    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, TABLE)
+    k = load_keys(known_ptr + layer_row * (C - 1 + m) * R, taps, slots, count, r, R, C)
+    u = tl.load(value_ptr + at, mask=mask, other=0.0)
     if DELTA:
-        block = (layer_row * tl.num_programs(1) + tl.program_id(1)) * R * R + square
-        grad = tl.load(grad_ptr + block, mask=square_mask, other=0.0)
-        core = tl.load(saved_ptr + block, mask=square_mask, other=0.0)
-        w = tl.load(w_ptr + at, mask=mask, other=0.0)
-        u = u - tl.dot(w, core, input_precision=PRECISION)
-        # b = (I + N)^-T du, by back substitution: row i needs the rows after it.
-        b = tl.dot(k, grad, input_precision=PRECISION)
-        products = strict_lower_products(k, BN, PRECISION)
-        for step in range(1, BN):
-            i = BN - 1 - step
-            weights = tl.sum(tl.where((n == i)[None, :], products, 0.0), 1)[:, None]
-            b = tl.where((n == i)[:, None], b - tl.sum(weights * b, 0)[None, :], b)
-        lower = tl.where(n[:, None] > n[None, :], -tl.dot(b, tl.trans(u), input_precision=PRECISION), 0.0)
+        norms = inverse_norms(k)
+        k = k * norms
+        block = layer_row * tl.num_programs(1) + tl.program_id(1)
+        inverse = tl.load(inverse_ptr + block * BN * BN + n[:, None] * BN + n[None, :])
+        core = tl.load(saved_ptr + block * R * R + square, mask=square_mask, other=0.0)
+        u -= tl.dot(k, core, input_precision=PRECISION)
+        u = tl.dot(inverse, u, input_precision=PRECISION)
+        grad = tl.load(grad_ptr + block * R * R + square, mask=square_mask, other=0.0)
+        value_grad = tl.dot(k, grad, input_precision=PRECISION)
+        value_grad = tl.dot(tl.trans(inverse), value_grad, input_precision=PRECISION)
+        lower = tl.where(n[:, None] > n[None, :], -tl.dot(value_grad, tl.trans(u), input_precision=PRECISION), 0.0)
         unit_grad = tl.dot(u, tl.trans(grad), input_precision=PRECISION)
-        unit_grad -= tl.dot(b, tl.trans(core), input_precision=PRECISION)
+        unit_grad -= tl.dot(value_grad, tl.trans(core), input_precision=PRECISION)
         unit_grad += tl.dot(lower + tl.trans(lower), k, input_precision=PRECISION)
-        inverse = tl.load(norm_ptr + layer_row * m + tokens, mask=tokens < m, other=0.0)
-        key_grad = (unit_grad - k * tl.sum(unit_grad * k, 1)[:, None]) * inverse[:, None]
-        value_grad = b
+        key_grad = (unit_grad - k * tl.sum(unit_grad * k, 1)[:, None]) * norms
     else:
-        grad = tl.load(grad_ptr + layer_row * R * R + square, mask=square_mask, other=0.0)
+        grad = tl.load(grad_ptr + layer_row * (R + C - 1) * R + square, mask=square_mask, other=0.0)
         key_grad = tl.dot(u, tl.trans(grad), input_precision=PRECISION)
         value_grad = tl.dot(k, grad, input_precision=PRECISION)
     tl.store(key_grad_ptr + at, key_grad, mask=mask)
@@ -229,53 +303,89 @@ def block_backward_kernel(
 
 
 @triton.jit
+def convolution_backward(
+    known, taps, out_grad, last_grad, carried_grad, tap_grad, count,
+    R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a row's carried keys and, as a part of their sum over rows, of the taps; both [C - 1, R]."""
+    n, r = tl.arange(0, BN), tl.arange(0, BR)
+    for start in range(0, C - 1, BN):
+        slots = start + n - (C - 1)
+        grad = load_key_grad(out_grad, last_grad, taps, slots, slots < 0, count, r, R, C)
+        at = (start + n)[:, None] * R + r[None, :]
+        tl.store(carried_grad + at, grad, mask=(slots < 0)[:, None] & (r < R)[None, :])
+    for j in range(1, C):
+        products = tl.zeros([BN, BR], tl.float32)
+        for start in range(0, count, BN):
+            mask = (start + n < count)[:, None] & (r < R)[None, :]
+            at = (start + n)[:, None] * R + r[None, :]
+            key = tl.load(known + (C - 1 - j) * R + at, mask=mask, other=0.0)
+            products += key * tl.load(out_grad + at, mask=mask, other=0.0)
+        tl.store(tap_grad + (j - 1) * R + r, tl.sum(products, 0), mask=r < R)
+
+
+@triton.jit
 def project_backward_kernel(
-    x_ptr, weight_ptr, table,            # keys or values [B, H, m, D]; W [R, H D]; addresses [2, L]
+    x_ptr, weight_ptr, table,            # keys or values [B, H, m, D]; W [R, H D]; addresses [4 or 5, L]
     cos_ptr, sin_ptr, valid_ptr,
-    out_grad_ptr,                        # gradient of the projection, [L, B, m, R]
+    known_ptr, count_ptr,                # as `project_kernel` leaves them
+    taps_ptr, grad_ptr, core_grad_ptr,   # as in `update_backward_kernel`
+    out_grad_ptr,                        # gradient of values or convolved keys, [L, B, m, R]
     x_grad_ptr, weight_grad_ptr,         # [L, B, H, m, D]; a part for each row, [L, B, R, H D] float32
+    tap_grad_ptr,                        # a part for each row, [L, B, C - 1, R] float32
     L, B, m, H, D,
     stride_xb, stride_xh, stride_xm, stride_cb, stride_cm, stride_valid_b, stride_valid_m,
-    R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_VALID: tl.constexpr,
-    X_GRAD: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_VALID: tl.constexpr,
+    COLUMN: tl.constexpr, X_GRAD: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Of keys (COLUMN 0) or values (1, where C is 1). If there is a convolution, the last program of a row is for it
+    alone."""
     layer_row = tl.program_id(0).to(tl.int64)
     layer, row = layer_row // B, layer_row % B
+    taps = tap_pointer(taps_ptr, table, layer, L, C, TABLE)
+    count = tl.load(count_ptr + layer_row)
+    out_grad_base = out_grad_ptr + layer_row * m * R
+    carried = (layer_row * (R + C - 1) + R) * R
+    if C > 1 and tl.program_id(1) == tl.num_programs(1) - 1:
+        known, tap_grad = known_ptr + layer_row * (C - 1 + m) * R, tap_grad_ptr + layer_row * (C - 1) * R
+        last_grad, carried_grad = grad_ptr + carried, core_grad_ptr + carried
+        convolution_backward(known, taps, out_grad_base, last_grad, carried_grad, tap_grad, count, R, C, BN, BR)
+        return
     num_chunks = tl.cdiv(D, BD)
     h, d0 = (tl.program_id(1) // num_chunks).to(tl.int64), (tl.program_id(1) % num_chunks) * BD
     n, r, d = tl.arange(0, BN), tl.arange(0, BR), d0 + tl.arange(0, BD)
-    base = layer_pointer(x_ptr, table, layer, TABLE) + row * stride_xb + h * stride_xh
-    weight_base = layer_pointer(weight_ptr, table + L, layer, TABLE) + h * D
+    base = layer_pointer(x_ptr, table + COLUMN * L, layer, TABLE) + row * stride_xb + h * stride_xh
+    weight_base = layer_pointer(weight_ptr, table + (2 + COLUMN) * L, layer, TABLE) + h * D
+    valid_base = valid_ptr + row * stride_valid_b
     weight_at = r[:, None] * (H * D)
     weight_mask = (r < R)[:, None] & (d < D)[None, :]
-    w = tl.load(weight_base + weight_at + d[None, :], mask=weight_mask, other=0.0).to(tl.float32)
     cos_base, sin_base = cos_ptr + row * stride_cb, sin_ptr + row * stride_cb
     weight_grad = tl.zeros([BR, BD], tl.float32)
+    before = 0
     for start in range(0, m, BN):
         tokens = start + n
-        is_token = tokens < m
-        if HAS_VALID:
-            at = valid_ptr + row * stride_valid_b + tokens * stride_valid_m
-            is_token = is_token & (tl.load(at, mask=is_token, other=0) != 0)
+        is_token, slots = slots_of(valid_base, stride_valid_m, tokens, m, before, HAS_VALID)
+        before += tl.sum(is_token.to(tl.int32), 0)
         mask = is_token[:, None] & (d < D)[None, :]
         x = load_rotated(base, cos_base, sin_base, tokens, d, mask, stride_xm, stride_cm, HALF, INTERLEAVED)
-        out_at = (layer_row * m + tokens)[:, None] * R + r[None, :]
-        out_grad = tl.load(out_grad_ptr + out_at, mask=is_token[:, None] & (r < R)[None, :], other=0.0)
+        out_grad = load_key_grad(out_grad_base, grad_ptr + carried, taps, slots, is_token, count, r, R, C)
         weight_grad = tl.dot(tl.trans(out_grad), x, weight_grad, input_precision=PRECISION)
         if X_GRAD:
-            x_grad = tl.dot(out_grad, w, input_precision=PRECISION)
-            if HALF > 0:  # the transposed rotation
-                angle, partner, sign = rotation_partner(d, HALF, INTERLEAVED)
-                w_partner = tl.load(weight_base + weight_at + partner[None, :], mask=weight_mask, other=0.0).to(
-                    tl.float32
-                )
-                turned = mask & (d < 2 * HALF)[None, :]
-                at = tokens[:, None] * stride_cm + angle[None, :]
-                cos = tl.load(cos_base + at, mask=turned, other=1.0)
-                sin = tl.load(sin_base + at, mask=turned, other=0.0)
-                y_grad = tl.dot(out_grad, w_partner, input_precision=PRECISION)
-                x_grad = x_grad * cos - y_grad * sin * sign[None, :]
+            x_grad = tl.zeros([BN, BD], tl.float32)
+            # The transposed rotation, whose parts are summed in a loop so that they do not fill the registers at once.
+            for part in range(2 if HALF > 0 else 1):
+                column, factor = d[None, :], 1.0
+                if HALF > 0:
+                    angle, partner, sign = rotation_partner(d, HALF, INTERLEAVED)
+                    column = tl.where(part == 0, d, partner)[None, :]
+                    turned = mask & (d < 2 * HALF)[None, :]
+                    at = tokens[:, None] * stride_cm + angle[None, :]
+                    cos = tl.load(cos_base + at, mask=turned & (part == 0), other=1.0)
+                    sin = tl.load(sin_base + at, mask=turned & (part == 1), other=0.0)
+                    factor = tl.where(part == 0, cos, -sin * sign[None, :])
+                w = tl.load(weight_base + weight_at + column, mask=weight_mask, other=0.0).to(tl.float32)
+                x_grad += tl.dot(out_grad, w, input_precision=PRECISION) * factor
             at = (layer_row * H + h) * m * D + tokens[:, None] * D + d[None, :]
             tl.store(
                 x_grad_ptr + at,

@@ -60,14 +60,14 @@ def state_scale(state, NORM: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def read_kernel(
     core_ptr, query_ptr, initial_ptr, state_ptr,  # [L, B, R, R], [L, R, R], [L, 1 or B, R, R], [L, B, R, R]
-    B, stride_initial_l, stride_initial_b,
+    B, stride_core_l, stride_core_b, stride_initial_l, stride_initial_b,
     R: tl.constexpr, BR: tl.constexpr, TRANSPOSED: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     layer_row = tl.program_id(0).to(tl.int64)
     layer, row = layer_row // B, layer_row % B
     r = tl.arange(0, BR)
     square, mask = r[:, None] * R + r[None, :], (r < R)[:, None] & (r < R)[None, :]
-    query, core = query_ptr + layer * R * R, core_ptr + layer_row * R * R
+    query, core = query_ptr + layer * R * R, core_ptr + layer * stride_core_l + row * stride_core_b
     state = added_state(query, core, R, BR, TRANSPOSED, PRECISION)
     if NORM == 3:
         state = state * state_scale(state, NORM, R)
@@ -81,14 +81,14 @@ def read_kernel(
 def read_backward_kernel(
     grad_ptr, core_ptr, query_ptr, initial_ptr,
     core_grad_ptr, query_grad_ptr, added_grad_ptr,  # all [L, B, R, R]: parts of each row; the gradient of Q M
-    B, stride_initial_l, stride_initial_b,
+    B, stride_core_l, stride_core_b, stride_initial_l, stride_initial_b,
     R: tl.constexpr, BR: tl.constexpr, TRANSPOSED: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     layer_row = tl.program_id(0).to(tl.int64)
     layer, row = layer_row // B, layer_row % B
     r = tl.arange(0, BR)
     square, mask = r[:, None] * R + r[None, :], (r < R)[:, None] & (r < R)[None, :]
-    query, core = query_ptr + layer * R * R, core_ptr + layer_row * R * R
+    query, core = query_ptr + layer * R * R, core_ptr + layer * stride_core_l + row * stride_core_b
     grad = tl.load(grad_ptr + layer_row * R * R + square, mask=mask, other=0.0)
     if NORM > 0:
         state = added_state(query, core, R, BR, TRANSPOSED, PRECISION)
@@ -122,20 +122,29 @@ def options(cores: torch.Tensor, transposed: bool, norm: str) -> dict[str, Any]:
     return dict(shared, R=r, BR=tile(r), PRECISION=precision(), **limits())
 
 
-def strides(initial: torch.Tensor) -> tuple[int, int]:
-    return initial.stride(0), initial.stride(1) if initial.shape[1] > 1 else 0
+def like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def matrices(x: torch.Tensor) -> torch.Tensor:
+    """`x` [L, B, r, r] with each matrix in one piece, wherever it lies: cores may have other rows between them."""
+    return x if x.stride()[2:] == (x.shape[-1], 1) else x.contiguous()
+
+
+def strides(cores: torch.Tensor, initial: torch.Tensor) -> tuple[int, ...]:
+    return *cores.stride()[:2], initial.stride(0), initial.stride(1) if initial.shape[1] > 1 else 0
 
 
 def read_states(
     cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor, transposed: bool, norm: str
 ) -> torch.Tensor:
     """As `reference.read_state`; all tensors are float32."""
-    cores, query, initial = cores.contiguous(), query.contiguous(), initial.contiguous()
-    states = torch.empty_like(cores)
+    cores, query, initial = matrices(cores), query.contiguous(), initial.contiguous()
+    states = like(cores)
     launch(
         read_kernel,
         (cores.shape[0] * cores.shape[1],),
-        *(cores, query, initial, states, cores.shape[1], *strides(initial)),
+        *(cores, query, initial, states, cores.shape[1], *strides(cores, initial)),
         **options(cores, transposed, norm),
     )
     return states
@@ -145,22 +154,18 @@ def read_states_backward(
     grad: torch.Tensor, cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor, transposed: bool, norm: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of cores, query and initial."""
-    grad, cores, query, initial = (x.contiguous() for x in (grad, cores, query, initial))
-    core_grad, query_grad, added_grad = (torch.empty_like(cores) for _ in range(3))
+    cores, grad, query, initial = matrices(cores), *(x.contiguous() for x in (grad, query, initial))
+    core_grad, query_grad, added_grad = (like(cores) for _ in range(3))
     launch(
         read_backward_kernel,
         (cores.shape[0] * cores.shape[1],),
-        *(grad, cores, query, initial, core_grad, query_grad, added_grad, cores.shape[1], *strides(initial)),
+        *(grad, cores, query, initial, core_grad, query_grad, added_grad, cores.shape[1], *strides(cores, initial)),
         **options(cores, transposed, norm),
     )
     # S_0 + bound(Q M) passes the gradient on to S_0 as it is; a result may not be the argument itself.
     initial_grad = grad if norm == "bound" else added_grad
     initial_grad = initial_grad.sum(1, keepdim=True) if initial.shape[1] == 1 else initial_grad.clone()
     return core_grad, query_grad.sum(1), initial_grad
-
-
-def like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def fake_read_states(
