@@ -32,7 +32,7 @@ from streams import SymbolTask
 from tasks import TASKS
 from training import Settings, make_base, run_arm
 
-QUICK = dict(steps=20, base_steps=30, trained_distance=24, distances=(0, 24, 48), num_evaluated=32)
+QUICK = dict(steps=20, base_steps=30, trained_distance=24, distances=(0, 24, 48), beyond=(64,), num_evaluated=32)
 
 
 def read(path: Path) -> list[dict[str, str]]:

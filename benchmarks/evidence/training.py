@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import checkpoint
 from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
+from peft_pte import PTECache
 from peft_pte.cache.schedule import Schedule
 from streams import Stream, SymbolTask, Task
 from tasks import TASKS
@@ -35,6 +36,7 @@ class Settings:
     learning_rate: float = 5e-3
     trained_distance: int = 64  # streams have 0 to this many tokens of filler in training
     distances: tuple[int, ...] = (0, 16, 32, 64, 128, 256)  # in the evaluation
+    beyond: tuple[int, ...] = (1024, 4096)  # the same, once at the end, on a quarter of the streams
     num_evaluated: int = 512
     base_steps: int = 6000  # at most
     difficulty: tuple[tuple[str, int], ...] = ()  # where it is not the task's own
@@ -67,6 +69,11 @@ class Settings:
         """For what is not evaluated at every distance: the longest trained, and the farthest."""
         return replace(self, distances=(self.trained_distance, self.distances[-1]))
 
+    @property
+    def few(self) -> Settings:
+        """A quarter of the streams."""
+        return replace(self, num_evaluated=self.num_evaluated // 4)
+
     def held_out(self, distance: int) -> Stream:
         """The streams of the evaluation, which no training has seen: training counts its seeds from 0."""
         generator = torch.Generator().manual_seed(1_000_000 + distance)
@@ -74,14 +81,18 @@ class Settings:
 
 
 def loss_and_hits(
-    model: torch.nn.Module, stream: Stream, prompt_length: int, windowed: bool
+    model: torch.nn.Module, stream: Stream, prompt_length: int, windowed: bool, cache: PTECache | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the answers; NLL and correctness of each scored token, [N, scored]."""
-    border = dict(prompt_lengths=prompt_length) if windowed else {}
+    """Mean cross-entropy of the answers; NLL and correctness of each scored token, [N, scored].
+
+    `cache`: a new one, to look at it afterwards.
+    """
+    options: dict[str, Any] = dict(prompt_lengths=prompt_length) if windowed else {}
+    options |= dict(use_cache=False) if cache is None else dict(past_key_values=cache)
     stream = stream.to(model.device)
     # Logits of the answers alone: over a real vocabulary those of whole streams would not fit.
     columns = stream.answers[0].nonzero()[:, 0]
-    logits = model(input_ids=stream.input_ids, use_cache=False, logits_to_keep=columns - 1, **border).logits.float()
+    logits = model(input_ids=stream.input_ids, logits_to_keep=columns - 1, **options).logits.float()
     expected, scored = stream.input_ids[:, columns], stream.scored[0, columns]
     nll = F.cross_entropy(logits.transpose(1, 2), expected, reduction="none")
     right = logits.argmax(-1) == expected
@@ -171,13 +182,29 @@ def evaluate(
     model.eval()
     for distance in settings.distances:
         stream = settings.held_out(distance).until_scored()
+        cache = PTECache() if windowed else None
         with CONTROLS[control]() if control else nullcontext():
-            _, nll, hits = loss_and_hits(model, stream, task.prompt_length, windowed)
+            _, nll, hits = loss_and_hits(model, stream, task.prompt_length, windowed, cache)
         hits = hits.all(1) if task.whole_answers else hits
         values = dict(accuracy=round(hits.float().mean().item(), 4), nll=round(nll.mean().item(), 4))
-        count = evictions(stream, task, settings)
-        rows.append(dict(control=control, distance=distance, evictions=count, **values))
+        norms = state_norms(cache)
+        rows.append(
+            dict(control=control, distance=distance, evictions=evictions(stream, task, settings), **values, **norms)
+        )
     return rows
+
+
+def state_norms(cache: PTECache | None) -> dict[str, float | str]:
+    """Frobenius norms at the end of a stream, of the layer where they are largest: mean over the rows of a batch."""
+    norms: dict[str, float | str] = dict(core_norm="", state_norm="")
+    for name in cache.adapters if cache is not None else ():
+        layers = [layer for layer in cache.layers if name in layer.states]
+        for key, per_layer in (
+            ("core_norm", [layer.cores[name][:, : layer.cores[name].shape[-1]] for layer in layers]),
+            ("state_norm", [layer.states[name] for layer in layers]),
+        ):
+            norms[key] = round(max(torch.linalg.matrix_norm(x).mean().item() for x in per_layer), 3)
+    return norms
 
 
 def run_arm(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
@@ -186,8 +213,16 @@ def run_arm(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
         return train_and_evaluate(name, seed, settings)
 
 
-def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: bool) -> Iterator[tuple[int, float]]:
-    """Train what is trainable on the answers; a pair after each step: how many there were, and the loss.
+class Step(NamedTuple):
+    """What a step of training tells; the gradient's norm is that before it is clipped to 1."""
+
+    number: int
+    loss: float
+    gradient_norm: float
+
+
+def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: bool) -> Iterator[Step]:
+    """Train what is trainable on the answers, step by step.
 
     The data depend on the seed alone, and are the same for every arm.
     """
@@ -204,9 +239,9 @@ def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: 
         loss, _, _ = loss_and_hits(model, stream, task.prompt_length, windowed)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        yield step + 1, loss.item()
+        yield Step(step + 1, loss.item(), norm.item())
 
 
 def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.Module:
@@ -224,32 +259,39 @@ def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.M
 
 def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     arm, start = ARMS[name], time.time()
-    model, loss = adapted(arm, settings, seed), float("nan")
+    model, steps = adapted(arm, settings, seed), [Step(0, float("nan"), float("nan"))]
     rows: list[dict[str, Any]] = []
     if arm.is_trained:
-        few = replace(settings.two_distances, num_evaluated=settings.num_evaluated // 4)
-        for step, value in supervised(model, settings, seed, arm.windowed):
-            loss = value
-            if step in settings.curve_steps:
-                rows += [dict(row, step=step) for row in evaluate(model, few, arm.windowed)]
+        for step in supervised(model, settings, seed, arm.windowed):
+            steps.append(step)
+            if step.number in settings.curve_steps:
+                rows += at_step(steps, evaluate(model, settings.two_distances.few, arm.windowed))
     about = dict(
         arm=name,
         seed=seed,
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        train_loss=round(loss, 4),
+        train_loss=round(steps[-1].loss, 4),
     )
     last = evaluate(model, settings, arm.windowed)
+    last += evaluate(model, replace(settings.few, distances=settings.beyond), arm.windowed)
     if arm.adapter == "pte" and arm.settings.get("state_update") != "none":
         for control in CONTROLS:
             last += evaluate(model, settings.two_distances, arm.windowed, control)
-    rows += [dict(row, step=settings.steps) for row in last]
+    rows += [dict(row, step=settings.steps) for row in at_step(steps, last)]
     about["seconds"] = round(time.time() - start)
     return [about | row | about_training(settings) for row in rows]
 
 
+def at_step(steps: list[Step], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an evaluation, with the median and the largest norm of the gradient in the last 100 steps."""
+    norms = torch.tensor([step.gradient_norm for step in steps[-100:]])
+    about = dict(gradient_norm=round(norms.median().item(), 3), largest_gradient_norm=round(norms.max().item(), 3))
+    return [dict(row, step=steps[-1].number, **about) for row in rows]
+
+
 def about_training(settings: Settings) -> dict[str, Any]:
     """The settings that a row of results tells."""
-    left_out = {"base", "distances", "num_evaluated", "difficulty", "device"}
+    left_out = {"base", "distances", "beyond", "num_evaluated", "difficulty", "device"}
     usual = {"hidden_size", "scaling", "base_dtype"}  # told where they are other than usual
     left_out |= {field.name for field in fields(settings) if getattr(settings, field.name) == field.default} & usual
     told = {key: value for key, value in asdict(settings).items() if key not in left_out}
