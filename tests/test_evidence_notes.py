@@ -6,6 +6,7 @@ import csv
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ import notes
 from arms import ARMS
 from notes import Notes
 from tasks import TASKS
-from training import Settings, adapted
+from training import Settings, adapted, run_arm
 
 
 def save_tokenizer(folder: Path, left_out: str = "") -> int:
@@ -146,3 +147,29 @@ def test_adapters_are_float32_over_a_bfloat16_base(folder: Path) -> None:
         model = adapted(ARMS[arm], settings, seed=0)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         assert {p.dtype for p in model.parameters() if not p.requires_grad} >= {torch.bfloat16}
+
+
+def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    """From its last evaluation, and with the rows of an uninterrupted run; nothing is left when it has ended."""
+    few = dict(steps=8, batch_size=2, trained_distance=8, distances=(0, 20), num_evaluated=8)
+    settings = replace(Settings.of("notes", folder), **few, unfinished=tmp_path)
+
+    def rows() -> list[str]:
+        ours = run_arm("PTE", 0, settings)
+        return [str({key: value for key, value in row.items() if key != "seconds"}) for row in ours]
+
+    clip, whole = torch.nn.utils.clip_grad_norm_, rows()
+    steps: list[torch.Tensor] = []
+
+    def until_the_sixth(*arguments: object) -> torch.Tensor:
+        steps.append(clip(*arguments))
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return steps[-1]
+
+    with patch.object(torch.nn.utils, "clip_grad_norm_", until_the_sixth):
+        with pytest.raises(KeyboardInterrupt):
+            rows()
+        assert list(tmp_path.iterdir())
+        assert rows() == whole and len(steps) == 6 + 4
+    assert not list(tmp_path.iterdir())

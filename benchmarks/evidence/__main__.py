@@ -12,7 +12,7 @@
 A small Llama is trained with a full cache until it solves the task at every distance, and frozen; for the task "notes"
 it is SmolLM2-135M-Instruct, as it is. Every arm then gets the same data in the same order and the same number of steps.
 Rows go to `<output>/<task>.csv` as runs end: runs that are there already are not repeated unless they are asked for by
-name.
+name, and a run that was killed goes on from its last evaluation.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         settings, name = replace(settings, steps=options.steps), f"{name}_{options.steps}_steps"
     if options.hidden_size != settings.hidden_size:
         settings, name = replace(settings, hidden_size=options.hidden_size), f"{name}_hidden_{options.hidden_size}"
-    settings = replace(settings, device=options.device)
+    settings = replace(settings, device=options.device, unfinished=options.base.with_name("evidence-unfinished"))
     if options.evaluated:
         settings = replace(settings, num_evaluated=options.evaluated)
     if options.learning_rate:

@@ -20,6 +20,7 @@ from peft_pte import PTECache
 from peft_pte.cache.schedule import Schedule
 from streams import Stream, SymbolTask, Task
 from tasks import TASKS
+from unfinished import Unfinished
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Settings:
     hidden_size: int = 64  # of the base, if it is trained here
     base_dtype: str = "float32"  # of the frozen base; adapters are float32
     device: str = "cpu"
+    unfinished: Path | None = None  # folder of what killed runs go on from
 
     @classmethod
     def of(cls, task: str, base: Path, difficulty: tuple[tuple[str, int], ...] = ()) -> Settings:
@@ -221,7 +223,9 @@ class Step(NamedTuple):
     gradient_norm: float
 
 
-def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: bool) -> Iterator[Step]:
+def supervised(
+    model: torch.nn.Module, settings: Settings, seed: int, windowed: bool, unfinished: Unfinished | None = None
+) -> Iterator[Step]:
     """Train what is trainable on the answers, step by step.
 
     The data depend on the seed alone, and are the same for every arm.
@@ -229,7 +233,8 @@ def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: 
     task, generator = settings.streams, torch.Generator().manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    for step in range(settings.steps):
+    done = unfinished.load(parameters, optimizer, generator) if unfinished else 0
+    for step in range(done, settings.steps):
         model.train()
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
@@ -242,6 +247,8 @@ def supervised(model: torch.nn.Module, settings: Settings, seed: int, windowed: 
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         yield Step(step + 1, loss.item(), norm.item())
+        if unfinished and step + 1 in settings.curve_steps:
+            unfinished.save(step + 1, parameters, optimizer, generator)
 
 
 def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.Module:
@@ -260,9 +267,11 @@ def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.M
 def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     arm, start = ARMS[name], time.time()
     model, steps = adapted(arm, settings, seed), [Step(0, float("nan"), float("nan"))]
-    rows: list[dict[str, Any]] = []
+    identity = name, arm.settings, arm.rank, arm.scaling, seed, settings
+    unfinished = Unfinished.of(settings.unfinished, *identity) if settings.unfinished else None
+    rows: list[dict[str, Any]] = unfinished.rows if unfinished else []
     if arm.is_trained:
-        for step in supervised(model, settings, seed, arm.windowed):
+        for step in supervised(model, settings, seed, arm.windowed, unfinished):
             steps.append(step)
             if step.number in settings.curve_steps:
                 rows += at_step(steps, evaluate(model, settings.two_distances.few, arm.windowed))
@@ -279,6 +288,8 @@ def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[st
             last += evaluate(model, settings.two_distances, arm.windowed, control)
     rows += [dict(row, step=settings.steps) for row in at_step(steps, last)]
     about["seconds"] = round(time.time() - start)
+    if unfinished:
+        unfinished.path.unlink(missing_ok=True)
     return [about | row | about_training(settings) for row in rows]
 
 
@@ -291,7 +302,7 @@ def at_step(steps: list[Step], rows: list[dict[str, Any]]) -> list[dict[str, Any
 
 def about_training(settings: Settings) -> dict[str, Any]:
     """The settings that a row of results tells."""
-    left_out = {"base", "distances", "beyond", "num_evaluated", "difficulty", "device"}
+    left_out = {"base", "unfinished", "distances", "beyond", "num_evaluated", "difficulty", "device"}
     usual = {"hidden_size", "scaling", "base_dtype"}  # told where they are other than usual
     left_out |= {field.name for field in fields(settings) if getattr(settings, field.name) == field.default} & usual
     told = {key: value for key, value in asdict(settings).items() if key not in left_out}
