@@ -2,8 +2,9 @@
 
     python benchmarks/evidence --task recall                 # base, all arms, 5 seeds, on 2 CPU cores
     python benchmarks/evidence --task recall --arms PTE --seeds 3       # one cell again
-    python benchmarks/evidence --task recall --design                   # what differs from "PTE" in one choice
-    python benchmarks/evidence --task recall --steps 1500               # a table of its own
+    python benchmarks/evidence --task recall --candidates               # what differs from "PTE" in one choice
+    python benchmarks/evidence --task recall --steps 600                # a table of its own
+    python benchmarks/evidence --task recall --first-design             # as PTE was before, in results/first_design
     python benchmarks/evidence --task variables --rl                    # GRPO from a supervised start
     python benchmarks/evidence --task notes --seeds 0        # a real checkpoint: pip install -e ".[checkpoint]"
     python benchmarks/evidence --task recall --quick --output outputs/evidence   # minutes, to see that it runs
@@ -25,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, DESIGN_ARMS, MAIN_ARMS
+from arms import ARMS, CANDIDATES, FIRST_DESIGN, MAIN_ARMS
 from oracle import run_oracle
 from report import report
 from streams import SymbolTask
@@ -33,6 +34,9 @@ from tasks import TASKS
 from training import Settings, make_base, run_arm
 
 QUICK = dict(steps=20, base_steps=30, trained_distance=24, distances=(0, 24, 48), beyond=(64,), num_evaluated=32)
+# What the tables in results/first_design were made with.
+FIRST = dict(rank=16, scaling=1.0, steps=600, learning_rate=5e-3, beyond=())
+RESULTS = Path(__file__).parent / "results"
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -54,6 +58,8 @@ def run(options: argparse.Namespace) -> None:
     difficulty = tuple(options.difficulty)
     TASKS[options.task].completed(dict(difficulty))  # refuses what the task does not have
     settings = Settings.of(options.task, base_folder(options), difficulty)
+    if options.first_design:
+        settings = replace(settings, **FIRST)
     name = "_".join([*["rl"] * options.rl, options.task, *(f"{value}_{key}" for key, value in difficulty)])
     if options.quick:
         settings = replace(settings, **QUICK)
@@ -69,7 +75,9 @@ def run(options: argparse.Namespace) -> None:
         name = f"{name}_learning_rate_{options.learning_rate}"
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.csv"
-    usual = ["PTE", *DESIGN_ARMS] if options.design else MAIN_ARMS
+    usual = ["PTE", *CANDIDATES] if options.candidates else list(MAIN_ARMS)
+    if options.first_design:
+        usual = [arm for arm in [*MAIN_ARMS, *FIRST_DESIGN] if arm != "PTE"]
     if options.rl:
         import rl  # not above: TRL takes seconds to import
 
@@ -135,7 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these again, though they are there")
-    parser.add_argument("--design", action="store_true", help="the arms that differ from PTE in one choice")
+    parser.add_argument("--candidates", action="store_true", help="the arms that differ from PTE in one choice")
+    parser.add_argument("--first-design", action="store_true", help="the arms and settings of results/first_design")
     parser.add_argument(
         "--rl", action="store_true", help="GRPO from a supervised start, of which --steps are the steps"
     )
@@ -148,11 +157,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--report", action="store_true", help="only tables and figures of the results in --output")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder")
+    parser.add_argument("--output", type=Path, help="folder; usually that of the committed results")
     parser.add_argument("--base", type=Path, default=Path("outputs/evidence-base"), help="folder of bases")
     parser.add_argument("--checkpoint", type=Path, help="of notes: the wheel, or what is in it, or a converted folder")
     parser.add_argument("--evaluated", type=int, help="streams at each distance, if others than usual")
     options = parser.parse_args()
+    options.output = options.output or (RESULTS / "first_design" if options.first_design else RESULTS)
     if bool(options.task) == options.report:
         parser.error("either --task or --report")
     if options.task:

@@ -12,6 +12,14 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
+from candidates import (
+    with_attention_start,
+    with_channel_gates,
+    with_convolved_values,
+    with_heads,
+    with_least_squares,
+    with_length_as_gate,
+)
 from peft_pte import PTEConfig
 from peft_pte.encoder import ThoughtEncoder
 from peft_pte.stacked import StackedEncoders
@@ -27,8 +35,9 @@ class Arm:
 
     `adapter`: `"none"`, `"lora"`, `"pte"` or `"oracle"` (no model at all). `windowed`: under the bounded cache, which
     PTE always is. `settings`: of `PTEConfig`. `rank`, `scaling`: others than the common ones; rank "matched" gives LoRA
-    as many trained parameters as PTE has. `variant`: a change of the method that the package does not have, in force
-    while the arm is trained and evaluated.
+    as many trained parameters as PTE has. `slower`: by how much the learning rate is smaller, by a part of the
+    parameters' names. `variant`: a change of the method that the package does not have, in force while the arm is
+    trained and evaluated.
     """
 
     adapter: str
@@ -36,15 +45,27 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     rank: int | Literal["matched"] | None = None
     scaling: float | None = None
+    slower: dict[str, float] = field(default_factory=dict)
     variant: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def is_trained(self) -> bool:
         return self.adapter != "none"
 
+    def slower_by(self, parameter: str) -> float:
+        return next((factor for part, factor in self.slower.items() if part in parameter), 1.0)
+
 
 def pte(**settings: Any) -> Arm:
     return Arm("pte", windowed=True, settings=settings)
+
+
+# What the package did before: a key is written as it is, and the output projection asks with its own input.
+BEFORE: dict[str, Any] = dict(conv_size=1, output_source="attention_output")
+
+
+def before(**settings: Any) -> Arm:
+    return pte(**(BEFORE | settings))
 
 
 MAIN_ARMS: dict[str, Arm] = {
@@ -54,42 +75,61 @@ MAIN_ARMS: dict[str, Arm] = {
     "LoRA, windowed": Arm("lora", windowed=True),
     "LoRA, windowed, parameters of PTE": Arm("lora", windowed=True, rank="matched"),
     "Global-only": pte(state_update="none"),
-    "PTE, paper (sum, norm on write)": pte(state_update="sum", state_norm="write"),
-    "PTE, sum, norm on read": pte(state_update="sum", state_norm="read"),
-    "PTE, delta, norm on read": pte(state_update="delta", state_norm="read"),
-    "PTE, delta, no norm": pte(state_update="delta", state_norm="none"),
-    "PTE, no global tokens": pte(num_global_tokens=0),
+    "PTE, paper (sum, norm on write)": before(state_update="sum", state_norm="write"),
+    "PTE, first design": before(),
     "PTE": pte(),
 }
-# One choice changed at a time from "PTE", which has the package's default rule but a scaling of 1 (there it is 1/2).
-# With rank 32 two, to see what keeps its training from collapsing.
-DESIGN_ARMS: dict[str, Arm] = {
-    "PTE, sum, bounded": pte(state_update="sum", state_norm="bound"),
-    "PTE, sum, bounded, transposed read": replace(
-        pte(state_update="sum", state_norm="bound"), variant=with_transposed_read
-    ),
-    "PTE, keys relative to the chunk": pte(encode_keys="chunk"),
-    "PTE, keys after RoPE": pte(encode_keys="post_rope"),
-    "PTE, truncated gradient": pte(gradient="truncated"),
-    "PTE, q and o": pte(target_modules=["q_proj", "o_proj"]),
-    "PTE, v and o": pte(target_modules=["v_proj", "o_proj"]),
-    "PTE, scaling 1/4": replace(pte(), scaling=1 / 4),
-    "PTE, scaling 1/2": replace(pte(), scaling=1 / 2),
-    "PTE, scaling 4": replace(pte(), scaling=4.0),
-    "PTE, W_V starts 1/4 as large": replace(pte(), variant=partial(with_values_scaled, 0.25)),
-    "PTE, W_V starts 4 times as large": replace(pte(), variant=partial(with_values_scaled, 4.0)),
-    "PTE, orthogonal query at the start": replace(pte(), variant=with_orthogonal_query),
-    "PTE, rank 8": Arm("pte", windowed=True, rank=8),
-    "PTE, rank 32": Arm("pte", windowed=True, rank=32),
-    "PTE, rank 32, scaling 1/2": Arm("pte", windowed=True, rank=32, scaling=1 / 2),
-    "PTE, rank 32, truncated gradient": Arm("pte", windowed=True, rank=32, settings=dict(gradient="truncated")),
+# One choice changed at a time from "PTE", the package's default.
+CANDIDATES: dict[str, Arm] = {
     "PTE, no convolution": pte(conv_size=1),
-    "PTE, learned gate": replace(pte(), variant=partial(with_gate, False)),
-    "PTE, learned gate on projections": replace(pte(), variant=partial(with_gate, True)),
+    "PTE, convolution over 4": pte(conv_size=4),
+    "PTE, values convolved too": replace(pte(), variant=with_convolved_values),
+    "PTE, output asks with attention output": pte(output_source="attention_output"),
+    "PTE, q and o only": pte(target_modules=["q_proj", "o_proj"]),
+    "PTE, o only": pte(target_modules=["o_proj"]),
+    "PTE, 4 heads": replace(pte(), variant=with_heads),
+    "PTE, least squares": replace(pte(), variant=with_least_squares),
+    "PTE, gates of channels": replace(pte(), variant=with_channel_gates),
+    "PTE, length of keys as gate": replace(pte(), variant=with_length_as_gate),
+    "PTE, starts as the base asks": replace(pte(), variant=with_attention_start),
+    "PTE, encoder learns 3 times slower": replace(pte(), slower={"thought_encoder": 3.0}),
+    "PTE, A and B learn 3 times slower": replace(pte(), slower={"pte_A": 3.0, "pte_B": 3.0}),
+    "PTE, scaling 1": replace(pte(), scaling=1.0),
+    "PTE, scaling 1/4": replace(pte(), scaling=1 / 4),
+    "PTE, rank 16": replace(pte(), rank=16),
+    "PTE, truncated gradient": pte(gradient="truncated"),
+}
+# One choice changed at a time from the first design, whose tables are in results/first_design (`--first-design`).
+FIRST_DESIGN: dict[str, Arm] = {
+    "PTE, sum, norm on read": before(state_update="sum", state_norm="read"),
+    "PTE, delta, norm on read": before(state_update="delta", state_norm="read"),
+    "PTE, delta, no norm": before(state_update="delta", state_norm="none"),
+    "PTE, no global tokens": before(num_global_tokens=0),
+    "PTE, sum, bounded": before(state_update="sum", state_norm="bound"),
+    "PTE, sum, bounded, transposed read": replace(
+        before(state_update="sum", state_norm="bound"), variant=with_transposed_read
+    ),
+    "PTE, first design, keys relative to the chunk": before(encode_keys="chunk"),
+    "PTE, first design, keys after RoPE": before(encode_keys="post_rope"),
+    "PTE, first design, truncated gradient": before(gradient="truncated"),
+    "PTE, first design, q and o": before(target_modules=["q_proj", "o_proj"]),
+    "PTE, first design, v and o": before(target_modules=["v_proj", "o_proj"]),
+    "PTE, first design, scaling 1/4": replace(before(), scaling=1 / 4),
+    "PTE, first design, scaling 1/2": replace(before(), scaling=1 / 2),
+    "PTE, first design, scaling 4": replace(before(), scaling=4.0),
+    "PTE, first design, W_V starts 1/4 as large": replace(before(), variant=partial(with_values_scaled, 0.25)),
+    "PTE, first design, W_V starts 4 times as large": replace(before(), variant=partial(with_values_scaled, 4.0)),
+    "PTE, first design, orthogonal query at the start": replace(before(), variant=with_orthogonal_query),
+    "PTE, first design, rank 8": replace(before(), rank=8),
+    "PTE, first design, rank 32": replace(before(), rank=32),
+    "PTE, first design, rank 32, scaling 1/2": replace(before(), rank=32, scaling=1 / 2),
+    "PTE, first design, rank 32, truncated gradient": replace(before(gradient="truncated"), rank=32),
+    "PTE, first design, learned gate": replace(before(), variant=partial(with_gate, False)),
+    "PTE, first design, learned gate on projections": replace(before(), variant=partial(with_gate, True)),
 }
 # The best that one matrix of the state's size can do on recall; see oracle.py.
 ORACLE_ARMS = {f"oracle, rank {rank}": Arm("oracle", windowed=False, rank=rank) for rank in (8, 16, 32)}
-ARMS = MAIN_ARMS | DESIGN_ARMS | ORACLE_ARMS
+ARMS = MAIN_ARMS | CANDIDATES | FIRST_DESIGN | ORACLE_ARMS
 
 
 def adapt(

@@ -18,7 +18,7 @@ import peft_pte.encoder
 import peft_pte.stacked
 from peft_pte import PTEConfig
 from peft_pte.encoder import Reading, StateRule, ThoughtEncoder, TokenTable
-from peft_pte.layer import AttentionCall, Linear
+from peft_pte.layer import Linear
 from peft_pte_kernels import reference
 from peft_pte_kernels.reference import bound_rows, convolve, delta_update, in_front, unit_rows
 

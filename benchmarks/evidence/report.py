@@ -13,7 +13,7 @@ from arms import ARMS
 from streams import SymbolTask
 from tasks import TASKS
 
-REFERENCE = "PTE"  # which the other arms are compared with, seed by seed
+REFERENCES = ("PTE", "PTE, first design")  # the first that a table has is what the other arms are compared with
 GATE = 0.95
 BLIND = 0.15  # how far above a uniform guess the base may be that does not see the evidence: answers are not uniform
 RESAMPLES = 10_000
@@ -48,6 +48,10 @@ class Results:
 
     def arms(self) -> list[str]:
         return [arm for arm in ARMS if self.get(arm, self.distances[-1])]
+
+    @property
+    def reference(self) -> str:
+        return next((arm for arm in REFERENCES if arm in self.arms()), REFERENCES[0])
 
     def evictions(self, distance: int) -> int:
         """Until the first question is answered."""
@@ -118,9 +122,9 @@ def table(results: Results, quantity: str) -> list[str]:
     """Markdown: accuracy or NLL by distance, and for accuracy the difference to the reference at the farthest."""
     distances, is_accuracy = results.distances, quantity == "accuracy"
     heads = [f"{distance} ({results.evictions(distance)})" for distance in distances]
-    heads += [f"minus {REFERENCE} at {distances[-1]}"] if is_accuracy else []
+    heads += [f"minus {results.reference} at {distances[-1]}"] if is_accuracy else []
     lines = [f"| {quantity} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    reference = results.get(REFERENCE, distances[-1])
+    reference = results.get(results.reference, distances[-1])
     for arm in results.arms():
         cells = [results.get(arm, distance, quantity=quantity) for distance in distances]
         name = arm
@@ -128,7 +132,7 @@ def table(results: Results, quantity: str) -> list[str]:
             name += f" ({len(cells[-1])} of the seeds)"
         words = [name, *(mean_and_interval(x) for x in cells)]
         if is_accuracy:
-            words.append(difference(cells[-1], reference) if reference and arm != REFERENCE else "")
+            words.append(difference(cells[-1], reference) if reference and arm != results.reference else "")
         lines.append("| " + " | ".join(words) + " |")
     return lines
 
@@ -194,11 +198,10 @@ def pyplot() -> Any:
 
 
 def colors() -> list[Any]:
-    """One for each arm; the reference stands out."""
+    """One for each arm; what others are compared with stands out."""
     maps = pyplot().cm
-    chosen = [*maps.tab20.colors, *maps.tab20b.colors]
-    chosen[list(ARMS).index(REFERENCE)] = "black"
-    return chosen
+    many = [*maps.tab20.colors, *maps.tab20b.colors]
+    return ["black" if arm in REFERENCES else many[i % len(many)] for i, arm in enumerate(ARMS)]
 
 
 def plot(results: Results, path: Path) -> None:
@@ -305,7 +308,7 @@ def report(folder: Path) -> None:
     for results in tables:
         parts += ["", f"## {results.name}", "", verdict(results)]
         parts += [f"Steps: {results.steps}. Seeds: {', '.join(map(str, results.seeds))}.", ""]
-        of_arms = [claims(results, arm) for arm in (REFERENCE, "PTE, rank 32")]
+        of_arms = [claims(results, arm) for arm in (results.reference, "PTE, first design, rank 32")]
         for lines in (table(results, "accuracy"), *of_arms, controls(results), table(results, "nll")):
             parts += [*lines, ""] if lines else []
         parts.append(f"![{results.name}]({results.name}.png)")

@@ -80,7 +80,7 @@ def run_rl(name: str, seed: int, settings: Settings, grpo: dict[str, Any]) -> li
         raise TypeError(f"{task.name} has answers of several tokens; GRPO is for tasks over symbols.")
     with ARMS[name].variant(), tempfile.TemporaryDirectory() as output:
         model = adapted(ARMS[name], settings, seed, retained_prefix=task.prompt_length)
-        for _ in supervised(model, settings, seed, windowed=True):
+        for _ in supervised(model, settings, seed, ARMS[name]):
             pass
         evaluation = Evaluation(settings.two_distances)
         evaluation.add(model, 0)

@@ -30,11 +30,11 @@ class Settings:
     task: str
     base: Path  # folder
     window_size: int = 16
-    rank: int = 16
-    scaling: float = 1.0  # of the update, LoRA's too: alpha over rank
-    steps: int = 600
+    rank: int = 32
+    scaling: float = 0.5  # of the update, LoRA's too: alpha over rank
+    steps: int = 1500
     batch_size: int = 32
-    learning_rate: float = 5e-3
+    learning_rate: float = 2.5e-3
     trained_distance: int = 64  # streams have 0 to this many tokens of filler in training
     distances: tuple[int, ...] = (0, 16, 32, 64, 128, 256)  # in the evaluation
     beyond: tuple[int, ...] = (1024, 4096)  # the same, once at the end, on a quarter of the streams
@@ -224,24 +224,28 @@ class Step(NamedTuple):
 
 
 def supervised(
-    model: torch.nn.Module, settings: Settings, seed: int, windowed: bool, unfinished: Unfinished | None = None
+    model: torch.nn.Module, settings: Settings, seed: int, arm: Arm, unfinished: Unfinished | None = None
 ) -> Iterator[Step]:
     """Train what is trainable on the answers, step by step.
 
     The data depend on the seed alone, and are the same for every arm.
     """
     task, generator = settings.streams, torch.Generator().manual_seed(seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    by_pace: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            by_pace.setdefault(arm.slower_by(name), []).append(parameter)
+    parameters = [parameter for group in by_pace.values() for parameter in group]
+    optimizer = torch.optim.AdamW([dict(params=p, slower=x) for x, p in by_pace.items()], weight_decay=0.0)
     done = unfinished.load(parameters, optimizer, generator) if unfinished else 0
     for step in range(done, settings.steps):
         model.train()
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * settings.pace * min(1, (step + 1) / 20) * decay
+            group["lr"] = settings.learning_rate * settings.pace * min(1, (step + 1) / 20) * decay / group["slower"]
         distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
         stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
-        loss, _, _ = loss_and_hits(model, stream, task.prompt_length, windowed)
+        loss, _, _ = loss_and_hits(model, stream, task.prompt_length, arm.windowed)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -267,11 +271,11 @@ def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.M
 def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     arm, start = ARMS[name], time.time()
     model, steps = adapted(arm, settings, seed), [Step(0, float("nan"), float("nan"))]
-    identity = name, arm.settings, arm.rank, arm.scaling, seed, settings
+    identity = name, arm.settings, arm.rank, arm.scaling, arm.slower, seed, settings
     unfinished = Unfinished.of(settings.unfinished, *identity) if settings.unfinished else None
     rows: list[dict[str, Any]] = unfinished.rows if unfinished else []
     if arm.is_trained:
-        for step in supervised(model, settings, seed, arm.windowed, unfinished):
+        for step in supervised(model, settings, seed, arm, unfinished):
             steps.append(step)
             if step.number in settings.curve_steps:
                 rows += at_step(steps, evaluate(model, settings.two_distances.few, arm.windowed))
@@ -303,7 +307,7 @@ def at_step(steps: list[Step], rows: list[dict[str, Any]]) -> list[dict[str, Any
 def about_training(settings: Settings) -> dict[str, Any]:
     """The settings that a row of results tells."""
     left_out = {"base", "unfinished", "distances", "beyond", "num_evaluated", "difficulty", "device"}
-    usual = {"hidden_size", "scaling", "base_dtype"}  # told where they are other than usual
+    usual = {"hidden_size", "base_dtype"}  # told where they are other than usual
     left_out |= {field.name for field in fields(settings) if getattr(settings, field.name) == field.default} & usual
     told = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return told | dict(difficulty=" ".join(f"{key}={value}" for key, value in settings.difficulty))
