@@ -2,7 +2,8 @@
 
     Notes: | The number of shells of Tom is 47. ... | text on Python | Questions: The number of shells of Tom is 47. ...
 
-A question is the beginning of its note: so the checkpoint, which is small, answers it untrained if it sees the note.
+A question is the beginning of its note. The checkpoint, which is small, answers so untrained where it sees the notes;
+questions in words ("How many shells does Tom have?") it mostly does not.
 Names and things are words of one token, numbers have two digits of one token each, so that all rows have one layout.
 Training and evaluation share the digits only: names, things and filler text of the evaluation occur in no training.
 """
