@@ -191,10 +191,18 @@ def kernel_checks(device: str, dtype: torch.dtype) -> Iterator[KernelCheck]:
         return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
     layers, rows, tokens, single = 2, 3, 77, torch.float32
-    for head_dim, rank, update, turn in ((128, 32, "delta", 0), (128, 64, "sum", 0), (80, 16, "delta", 1)):
+    settings = (
+        (128, 32, "delta", 0, 2),
+        (128, 64, "delta", 0, 2),
+        (128, 64, "sum", 0, 1),
+        (80, 16, "delta", 1, 4),
+        (64, 32, "delta", 0, 1),
+    )
+    for head_dim, rank, update, turn, size in settings:
         keys_values = [normal(rows, 2, tokens + 9, head_dim)[:, :, 4:-5] for _ in range(2 * layers)]
         weights = [normal(rank, 2 * head_dim, scale=(2 * head_dim) ** -0.5) for _ in range(2 * layers)]
-        cores = normal(layers, rows, rank, rank, dtype=single, scale=0.1)
+        taps = [normal(size - 1, rank, scale=0.5) for _ in range(layers)] if size > 1 else []
+        cores = normal(layers, rows, rank + size - 1, rank, dtype=single, scale=0.1)
         angles = torch.rand(rows, tokens, head_dim // 2, generator=generator, device=device) * 6.3
         rotation = Rotation(angles.cos(), angles.sin(), bool(turn))
         valid = torch.rand(rows, tokens, generator=generator, device=device) > 0.2
@@ -202,15 +210,16 @@ def kernel_checks(device: str, dtype: torch.dtype) -> Iterator[KernelCheck]:
         def encoded(
             encode: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...], update=update, *rest: Any
         ) -> list[torch.Tensor]:
-            columns = [list(tensors[i * layers : (i + 1) * layers]) for i in range(4)]
-            return [encode(*columns, tensors[-1], update, *rest)]
+            *tensors, cores = tensors
+            *columns, taps = (list(tensors[i * layers : (i + 1) * layers]) for i in range(5))
+            return [encode(*columns, cores, update, *rest, taps or None)]
 
-        name = f"encode {update} D={head_dim} r={rank}"
+        name = f"encode {update} D={head_dim} r={rank} c={size}"
         yield KernelCheck(
             name,
             lambda *x, f=encoded, u=update, r=rotation, v=valid: f(peft_pte_kernels.encode, x, u, r, v),
             lambda *x, f=encoded, u=update, r=rotation, v=valid: f(reference.encode, x, u, r, v),
-            [*keys_values, *weights, cores],
+            [*keys_values, *weights, *taps, cores],
             floor=0.1,
         )
     norms = ((32, "none", False), (32, "bound", True), (64, "row", True), (16, "frobenius", False))

@@ -50,7 +50,10 @@ def microseconds(seconds: float) -> float:
 
 
 def encode_calls(sizes: Sizes, batch: int, tokens: int, device: str) -> tuple[dict[tuple[str, str], Call], int]:
-    """Encodings of the whole model by (update rule, implementation), and the bytes of K and V that one reads."""
+    """Encodings of the whole model by (update rule, implementation), and the bytes of K and V that one reads.
+
+    As by default, the delta rule convolves keys.
+    """
     dtype = dtype_of(device)
     num_bytes = 2 * sizes.layers * batch * sizes.heads * tokens * sizes.head_dim * dtype.itemsize
     width = sizes.heads * sizes.head_dim
@@ -65,12 +68,14 @@ def encode_calls(sizes: Sizes, batch: int, tokens: int, device: str) -> tuple[di
         [torch.randn(RANK, width, device=device, dtype=dtype) * width**-0.5 for _ in range(sizes.layers)]
         for _ in range(2)
     ]
-    cores = torch.zeros(sizes.layers, batch, RANK, RANK, device=device)
+    carried = {"sum": (None, 0), "delta": ([torch.ones(1, RANK, device=device, dtype=dtype)] * sizes.layers, 1)}
     angles = torch.rand(1, tokens, sizes.head_dim // 2, device=device).expand(batch, -1, -1)
     rotation = Rotation(angles.cos(), angles.sin(), False)
 
     def call(encode: Callable[..., torch.Tensor], update: str) -> Call:
-        return lambda i: encode(*copies[i % len(copies)], *weights, cores, update, rotation)
+        taps, rows = carried[update]
+        cores = torch.zeros(sizes.layers, batch, RANK + rows, RANK, device=device)
+        return lambda i: encode(*copies[i % len(copies)], *weights, cores, update, rotation, None, taps)
 
     functions = {"kernel": peft_pte_kernels.encode, "PyTorch": reference.encode}
     calls = {(update, name): call(f, update) for update in ("sum", "delta") for name, f in functions.items()}

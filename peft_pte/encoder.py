@@ -376,7 +376,8 @@ def write_layers(
     options = rule.update, rotation, None if valid is None else valid.to(cores.device), taps
     if rule.norm != "write":
         return peft_pte_kernels.encode(*arguments, cores, *options)
-    states, last = cores.split([rule.r, rule.conv_size - 1], dim=2)
-    added = peft_pte_kernels.encode(*arguments, torch.cat([torch.zeros_like(states), last], 2), *options)
-    added, last = added.split([rule.r, rule.conv_size - 1], dim=2)
-    return torch.cat([peft_pte_kernels.read_state(added, query, states, False, rule.norm_type), last], dim=2)
+    states, last = cores[:, :, : rule.r], cores[:, :, rule.r :]
+    nothing = torch.zeros_like(states)
+    added = peft_pte_kernels.encode(*arguments, torch.cat([nothing, last], 2) if taps else nothing, *options)
+    states = peft_pte_kernels.read_state(added[:, :, : rule.r], query, states, False, rule.norm_type)
+    return torch.cat([states, added[:, :, rule.r :]], dim=2) if taps else states

@@ -76,6 +76,7 @@ def eviction(num_layers: int, **config: Any) -> Operations:
         (dict(), 30, 4),
         (dict(state_update="sum"), 24, 4),
         (dict(state_update="sum", state_norm="write"), 26, 4),
+        (dict(state_update="sum", state_norm="write", conv_size=3), 28, 4),
         (dict(state_update="none"), 18, 1),
         (dict(num_global_tokens=0), 22, 4),
     ],

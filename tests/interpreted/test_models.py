@@ -25,9 +25,9 @@ FAMILIES = ["llama", "phi3", "glm4", "cohere", "smollm3"]
 CONFIGS: list[dict[str, Any]] = [
     dict(),
     dict(state_update="sum"),
-    dict(state_update="sum", state_norm="write", state_norm_type="frobenius"),
+    dict(state_update="sum", state_norm="write", state_norm_type="frobenius", conv_size=3),
     dict(state_update="none"),
-    dict(num_global_tokens=0, encode_keys="chunk"),
+    dict(num_global_tokens=0, encode_keys="chunk", conv_size=1),
     dict(state_norm="read", encode_keys="post_rope"),
     dict(state_norm="none"),
     dict(state_update="sum", state_norm="bound"),

@@ -195,7 +195,7 @@ def project(call: Call) -> Projected:
         *(known, values, count, num_layers, num_rows, m, num_heads, head_dim),
         *(*k.stride()[:3], *v.stride()[:3], stride_cb, stride_cm, *valid.stride()[:2]),
         BP=TOKENS,
-        **dict(call.reading_options(), num_stages=2 if r <= 32 else 1, num_warps=8 if r <= 32 else 4),
+        **dict(call.reading_options(), num_stages=2 if r <= 32 else 1, num_warps=8),
     )
     return projected
 

@@ -85,15 +85,20 @@ def load_keys(known, taps, slots, count, r, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def load_key_grad(grad, last_grad, taps, slots, is_key, count, r, R: tl.constexpr, C: tl.constexpr):
-    """Gradient of projected keys, [BN, BR]; those that came before have slots below zero.
+def load_key_grad(
+    grad, last_grad, taps, slots, is_key, count, r, R: tl.constexpr, C: tl.constexpr, CARRIED: tl.constexpr
+):  # fmt: skip
+    """Gradient of projected keys, [BN, BR]: of tokens, or of the keys that came before (CARRIED), at slots below zero.
 
     `grad`: of the row's convolved keys; `last_grad`: of the C - 1 keys that are carried on.
     """
     at = slots[:, None] * R + r[None, :]
-    key_grad = tl.load(grad + at, mask=(is_key & (slots >= 0))[:, None] & (r < R)[None, :], other=0.0)
+    mask = is_key & (slots >= 0) if CARRIED else is_key
+    key_grad = tl.load(grad + at, mask=mask[:, None] & (r < R)[None, :], other=0.0)
     for j in range(1, C):  # the key j tokens later was convolved with this one
-        mask = is_key & (slots + j >= 0) & (slots + j < count)
+        mask = is_key & (slots + j < count)
+        if CARRIED:
+            mask = mask & (slots + j >= 0)
         later = tl.load(grad + at + j * R, mask=mask[:, None] & (r < R)[None, :], other=0.0)
         key_grad += load_tap(taps, j, r, R) * later
     if C > 1:
@@ -202,18 +207,19 @@ def update_kernel(
     for start in range(0, count, BN):
         slots = start + n
         k = load_keys(known, taps, slots, count, r, R, C)
-        mask = (slots < count)[:, None] & (r < R)[None, :]
-        u = tl.load(values + slots[:, None] * R + r[None, :], mask=mask, other=0.0)
+        # Transposed, so that warps share the rows of M^T. Of K M they would share those of K, and each hold all of M.
+        mask = (r < R)[:, None] & (slots < count)[None, :]
+        u = tl.load(values + slots[None, :] * R + r[:, None], mask=mask, other=0.0)
         if DELTA:
             k = k * inverse_norms(k)
             inverse = solved(k, BN, PRECISION)
-            u -= tl.dot(k, core, input_precision=PRECISION)
-            u = tl.dot(inverse, u, input_precision=PRECISION)
+            u -= tl.dot(tl.trans(core), tl.trans(k), input_precision=PRECISION)
+            u = tl.dot(u, tl.trans(inverse), input_precision=PRECISION)
             if SAVE:
                 block = layer_row * tl.cdiv(m, BN) + start // BN
                 tl.store(saved_ptr + block * R * R + square, core, mask=square_mask)
                 tl.store(inverse_ptr + block * BN * BN + n[:, None] * BN + n[None, :], inverse)
-        core += tl.dot(tl.trans(k), u, input_precision=PRECISION)
+        core += tl.dot(tl.trans(k), tl.trans(u), input_precision=PRECISION)
     new = new_ptr + layer_row * (R + C - 1) * R
     tl.store(new + square, core, mask=square_mask)
     for i in range(C - 1):  # of the old keys and these, the last C - 1
@@ -230,8 +236,8 @@ def update_backward_kernel(
     R: tl.constexpr, C: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The blocks in reverse (delta rule): dM <- dM - K^T (I + N)^-T K dM. Carried keys are left to
-    `project_backward_kernel`."""
+    """The blocks in reverse (delta rule): dM <- dM - K^T (I + N)^-T K dM, U transposed as in `update_kernel`. Carried
+    keys are left to `project_backward_kernel`."""
     layer_row = tl.program_id(0).to(tl.int64)
     n, r = tl.arange(0, BN), tl.arange(0, BR)
     square = r[:, None] * R + r[None, :]
@@ -248,9 +254,9 @@ def update_backward_kernel(
         k = load_keys(known, taps, start + n, count, r, R, C)
         k = k * inverse_norms(k)
         inverse = tl.load(inverse_ptr + block * BN * BN + n[:, None] * BN + n[None, :])
-        u_grad = tl.dot(k, grad, input_precision=PRECISION)
-        u_grad = tl.dot(tl.trans(inverse), u_grad, input_precision=PRECISION)
-        grad -= tl.dot(tl.trans(k), u_grad, input_precision=PRECISION)
+        u_grad = tl.dot(tl.trans(grad), tl.trans(k), input_precision=PRECISION)
+        u_grad = tl.dot(u_grad, inverse, input_precision=PRECISION)
+        grad -= tl.dot(tl.trans(k), tl.trans(u_grad), input_precision=PRECISION)
     tl.store(core_grad_ptr + layer_row * (R + C - 1) * R + square, grad, mask=square_mask)
 
 
@@ -311,7 +317,7 @@ def convolution_backward(
     n, r = tl.arange(0, BN), tl.arange(0, BR)
     for start in range(0, C - 1, BN):
         slots = start + n - (C - 1)
-        grad = load_key_grad(out_grad, last_grad, taps, slots, slots < 0, count, r, R, C)
+        grad = load_key_grad(out_grad, last_grad, taps, slots, slots < 0, count, r, R, C, True)
         at = (start + n)[:, None] * R + r[None, :]
         tl.store(carried_grad + at, grad, mask=(slots < 0)[:, None] & (r < R)[None, :])
     for j in range(1, C):
@@ -369,7 +375,7 @@ def project_backward_kernel(
         before += tl.sum(is_token.to(tl.int32), 0)
         mask = is_token[:, None] & (d < D)[None, :]
         x = load_rotated(base, cos_base, sin_base, tokens, d, mask, stride_xm, stride_cm, HALF, INTERLEAVED)
-        out_grad = load_key_grad(out_grad_base, grad_ptr + carried, taps, slots, is_token, count, r, R, C)
+        out_grad = load_key_grad(out_grad_base, grad_ptr + carried, taps, slots, is_token, count, r, R, C, False)
         weight_grad = tl.dot(tl.trans(out_grad), x, weight_grad, input_precision=PRECISION)
         if X_GRAD:
             x_grad = tl.zeros([BN, BD], tl.float32)

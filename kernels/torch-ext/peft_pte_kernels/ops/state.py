@@ -139,7 +139,7 @@ def read_states(
     cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor, transposed: bool, norm: str
 ) -> torch.Tensor:
     """As `reference.read_state`; all tensors are float32."""
-    cores, query, initial = matrices(cores), query.contiguous(), initial.contiguous()
+    cores, query, initial = matrices(cores), query.contiguous(), matrices(initial)
     states = like(cores)
     launch(
         read_kernel,
@@ -154,7 +154,7 @@ def read_states_backward(
     grad: torch.Tensor, cores: torch.Tensor, query: torch.Tensor, initial: torch.Tensor, transposed: bool, norm: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of cores, query and initial."""
-    cores, grad, query, initial = matrices(cores), *(x.contiguous() for x in (grad, query, initial))
+    cores, query, initial, grad = matrices(cores), query.contiguous(), matrices(initial), grad.contiguous()
     core_grad, query_grad, added_grad = (like(cores) for _ in range(3))
     launch(
         read_backward_kernel,
