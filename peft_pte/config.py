@@ -78,10 +78,9 @@ class PTEConfig(PeftConfig):
             For `"read"` and `"write"`: rows of unit L2 norm, or unit root-mean-square row norm over the whole matrix.
         conv_size (`int` or `None`):
             Width c of a short causal convolution over the projected keys that are written: every token goes under its
-            own key plus those of the `c - 1` tokens before it, weighted by channel; at the start the nearest counts in
-            full and farther ones not at all. A fact in text is neighbours, so that this learns sooner and holds more.
-            The last `c - 1` projected keys become a part of what a sequence carries. 1: off. `None` takes 2 for delta
-            and 1 otherwise.
+            own key plus those of the `c - 1` tokens before it, by weights for each channel that are learned from zero
+            on. (What belongs together in text is neighbours: a value stands behind its key.) The last `c - 1` projected
+            keys become a part of what a sequence carries. 1: off. `None` takes 2 for delta and 1 otherwise.
         output_source (`"hidden_states"`, `"attention_output"` or `None`):
             What `x` is in `A S B x` at the attention module's output projection. `"hidden_states"`: the module's input,
             as for q, k and v, so that what the state answers goes straight to the module's output.

@@ -167,11 +167,9 @@ class ThoughtEncoder(nn.Module, PTELayer):
             container[adapter_name] = StateLinear(d_kv, r, bias=False)
             nn.init.normal_(container[adapter_name].weight, std=d_kv**-0.5)
         if config.num_convolved > 1:
-            # A token is written under its own key and the one before it: in text, what belongs together is neighbours.
             self.pte_key_conv[adapter_name] = TokenTable(config.num_convolved - 1, r)
             if config.init_weights:
                 nn.init.zeros_(self.pte_key_conv[adapter_name].weight)
-                nn.init.ones_(self.pte_key_conv[adapter_name].weight[0])
         elif adapter_name in self.pte_key_conv:
             del self.pte_key_conv[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))

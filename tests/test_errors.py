@@ -47,6 +47,16 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], str]] = [
         "'read' or 'none'.",
     ),
     (dict(state_norm_type="max"), "PTEConfig: `state_norm_type` is 'max', but must be one of 'row', 'frobenius'."),
+    (dict(conv_size=0), "PTEConfig: `conv_size` is 0, but must be a positive integer or None."),
+    (dict(conv_size=2.0), "PTEConfig: `conv_size` is 2.0, but must be a positive integer or None."),
+    (
+        dict(conv_size=2, state_update="none"),
+        "PTEConfig: `conv_size` is 2, but with state_update='none' no keys are written: leave it out.",
+    ),
+    (
+        dict(output_source="heads"),
+        "PTEConfig: `output_source` is 'heads', but must be one of 'hidden_states', 'attention_output'.",
+    ),
     (
         dict(encode_keys="rope"),
         "PTEConfig: `encode_keys` is 'rope', but must be one of 'pre_rope', 'chunk', 'post_rope'.",
@@ -85,6 +95,10 @@ def test_paper_settings() -> None:
     assert PTEConfig.paper(window_size=768).window_size == 768
     assert (PTEConfig.paper().pte_alpha, PTEConfig.paper(r=8).pte_alpha) == (32, 8)  # scaling 1
     assert (PTEConfig().state_update, PTEConfig().state_norm, PTEConfig().pte_alpha) == ("delta", "bound", 16)
+    assert (PTEConfig().conv_size, PTEConfig(state_update="sum").conv_size) == (2, 1)
+    assert PTEConfig(state_update="none").conv_size == 1
+    paper = PTEConfig.paper()
+    assert (paper.conv_size, paper.output_source) == (1, "attention_output")
     assert PTEConfig(state_update="sum").state_norm == "read"
 
 

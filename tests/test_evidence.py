@@ -55,8 +55,14 @@ def test_quick_run_report_and_repetition(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     path = tmp_path / "results" / "recall.csv"
     rows = list(csv.DictReader(path.open()))
-    # Three distances, the base once; on the way two distances at five steps; PTE also with two controls at two.
-    assert len(rows) == 2 * 3 + 2 * (2 * (3 + 5 * 2) + 2 * 2)
+    # Three distances and one far beyond, the base once; on the way two distances at five steps; PTE also with two
+    # controls at two.
+    assert len(rows) == 2 * 4 + 2 * (2 * (4 + 5 * 2) + 2 * 2)
+    for row in rows:
+        assert (row["gradient_norm"] == "nan") == row["arm"].startswith("base")
+        assert (row["state_norm"] == "") == (row["arm"] == "base, full cache")
+        # What a LoRA under the window has of PTE writes nothing.
+        assert row["core_norm"] == "" or (float(row["core_norm"]) > 0) == (row["arm"] == "PTE")
     assert "void" in done.stdout and "states swapped, 24" in done.stdout
     assert path.with_suffix(".png").stat().st_size > 1000 and (path.parent / "README.md").exists()
     again = run(*folders, "--seeds", 1, "--arms", "PTE", "--processes", 1)
@@ -164,12 +170,14 @@ def test_arms_train_what_they_should(arm: str) -> None:
         ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
         border = dict(prompt_lengths=2) if ARMS[arm].windowed else {}
         model(input_ids=ids, labels=ids, use_cache=False, **border).loss.backward()
-    assert ("pte_gate" in str(trained)) == ("gate" in arm)
+    assert ("pte_gate" in str(trained)) == ("learned gate" in arm)
     assert trained and all(("lora_" if "LoRA" in arm else "pte_") in name for name in trained)
     assert any("pte_" in name for name, _ in model.named_parameters()) == ARMS[arm].windowed
 
 
-@pytest.mark.parametrize("gated_arm", ["PTE, learned gate", "PTE, learned gate on projections"])
+@pytest.mark.parametrize(
+    "gated_arm", ["PTE, first design, learned gate", "PTE, first design, learned gate on projections"]
+)
 @pytest.mark.parametrize("bias, same_as", [(60.0, nullcontext), (-60.0, states_zeroed)])
 def test_a_gate_that_is_open_or_shut(
     gated_arm: str, bias: float, same_as: Callable[[], AbstractContextManager[None]]
@@ -192,7 +200,7 @@ def test_a_gate_that_is_open_or_shut(
     with ARMS[gated_arm].variant():
         gated = logits(gated_arm)
     with same_as():
-        torch.testing.assert_close(gated, logits("PTE"), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gated, logits("PTE, first design"), rtol=1e-4, atol=1e-5)
 
 
 def test_starts_that_are_compared() -> None:
@@ -204,8 +212,8 @@ def test_starts_that_are_compared() -> None:
             model = adapt(tiny_model("llama", torch.float32), ARMS[arm], rank=8, window_size=4)
         return [module for module in model.modules() if isinstance(module, ThoughtEncoder)]
 
-    usual, larger = encoders("PTE"), encoders("PTE, W_V starts 4 times as large")
-    for encoder, other, turned in zip(usual, larger, encoders("PTE, orthogonal query at the start")):
+    usual, larger = encoders("PTE, first design"), encoders("PTE, first design, W_V starts 4 times as large")
+    for encoder, other, turned in zip(usual, larger, encoders("PTE, first design, orthogonal query at the start")):
         torch.testing.assert_close(4 * encoder.pte_value["default"].weight, other.pte_value["default"].weight)
         assert torch.equal(encoder.pte_key["default"].weight, other.pte_key["default"].weight)
         query = turned.query("default")
@@ -213,9 +221,10 @@ def test_starts_that_are_compared() -> None:
         assert not torch.allclose(query, torch.eye(8))
 
 
-def test_tables_come_from_the_committed_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["", "first_design"])
+def test_tables_come_from_the_committed_results(tmp_path: Path, folder: str) -> None:
     """The README of the results says what the CSV files say."""
-    committed = ROOT / "benchmarks" / "evidence" / "results"
+    committed = ROOT / "benchmarks" / "evidence" / "results" / folder
     for path in committed.glob("*.csv"):
         shutil.copy(path, tmp_path)
     report.report(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from models import relative_error, tiny_model, with_adapter
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_config, get_peft_model_state_dict
 from test_policy import Case, cases, right_padded
 from transformers import AutoModelForCausalLM
 
@@ -50,6 +51,23 @@ def test_any_configuration_survives(tmp_path_factory: pytest.TempPathFactory, ca
     assert {k: v for k, v in actual.items() if k not in changed} == {
         k: v for k, v in expected.items() if k not in changed
     }
+
+
+def test_saved_before_there_was_a_convolution(tmp_path: Path) -> None:
+    """Adapters whose configuration does not know newer fields behave as they did, however they are loaded."""
+    model = with_adapter(tiny_model("llama"), window_size=8, conv_size=1, output_source="attention_output")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert (saved.pop("conv_size"), saved.pop("output_source")) == (1, "attention_output")
+    path.write_text(json.dumps(saved))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    assert relative_error(logits(loaded), logits(model)) <= 1e-12
+    for config in (PeftConfig.from_pretrained(tmp_path), PTEConfig.from_pretrained(tmp_path)):
+        assert (config.conv_size, config.output_source) == (1, "attention_output")
+    # Who writes a configuration gets the default, also from a dictionary.
+    written = get_peft_config(dict(peft_type="PTE"))
+    assert (written.conv_size, written.output_source) == (PTEConfig().conv_size, "hidden_states")
 
 
 @pytest.fixture(scope="module")

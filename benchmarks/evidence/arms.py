@@ -19,6 +19,7 @@ from candidates import (
     with_heads,
     with_least_squares,
     with_length_as_gate,
+    with_neighbour_from_the_start,
 )
 from peft_pte import PTEConfig
 from peft_pte.encoder import ThoughtEncoder
@@ -83,6 +84,7 @@ MAIN_ARMS: dict[str, Arm] = {
 CANDIDATES: dict[str, Arm] = {
     "PTE, no convolution": pte(conv_size=1),
     "PTE, convolution over 4": pte(conv_size=4),
+    "PTE, convolution starts with the neighbour": replace(pte(), variant=with_neighbour_from_the_start),
     "PTE, values convolved too": replace(pte(), variant=with_convolved_values),
     "PTE, output asks with attention output": pte(output_source="attention_output"),
     "PTE, q and o only": pte(target_modules=["q_proj", "o_proj"]),

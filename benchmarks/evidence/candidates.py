@@ -48,13 +48,23 @@ def carrying(extra: Callable[[StateRule], int]) -> Iterator[None]:
 
 
 @contextmanager
+def with_neighbour_from_the_start() -> Iterator[None]:
+    """The convolution starts as the sum of a key and the one before it, not as the key."""
+
+    def neighbour(self: ThoughtEncoder, name: str, config: PTEConfig) -> None:
+        nn.init.ones_(self.pte_key_conv[name].weight[0])
+
+    with after_update_layer(neighbour):
+        yield
+
+
+@contextmanager
 def with_convolved_values() -> Iterator[None]:
     """Values are convolved too, from the identity on. Their weights stand under those of the keys."""
 
     def widen(self: ThoughtEncoder, name: str, config: PTEConfig) -> None:
         table = TokenTable(2 * (config.num_convolved - 1), config.r)
         nn.init.zeros_(table.weight)
-        nn.init.ones_(table.weight[0])
         self.pte_key_conv[name] = table.requires_grad_(self.pte_key[name].weight.requires_grad)
 
     def write(
