@@ -183,9 +183,14 @@ class ThoughtEncoder(nn.Module, PTELayer):
         """Q and S_0, both [r, r]."""
         rule, query = self.pte_rule[name], self.query(name)
         if not rule.num_global_tokens:
-            return reading_of(rule, query)
-        tokens = self.pte_global_tokens[name]()
-        return reading_of(rule, query, self.pte_key[name](tokens), self.pte_value[name](tokens))
+            reading = reading_of(rule, query)
+        else:
+            tokens = self.pte_global_tokens[name]()
+            reading = reading_of(rule, query, self.pte_key[name](tokens), self.pte_value[name](tokens))
+        if rule.conv_size > 1 and torch.is_grad_enabled():
+            # The convolution has a gradient like all parameters, also where nothing has been evicted.
+            reading = reading._replace(initial=reading.initial + self.pte_key_conv[name]()[:0].sum())
+        return reading
 
     def start(self, name: str, batch_size: int) -> torch.Tensor:
         """What an empty cache carries: M = 0, or the normalised S_0 where the state is normalised on write (Eq. 4)."""

@@ -71,7 +71,10 @@ def stacked_reading(name: str, encoders: list[ThoughtEncoder]) -> Reading:
     columns = [weights_of([getattr(encoder, container)[name] for encoder in encoders]) for container in containers]
     # In every process each parameter has a gradient, also where nothing has been evicted: DDP waits for it.
     touches = torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
-    if None in columns:
+    taps: list[torch.Tensor] | None = []
+    if rule.conv_size > 1 and torch.is_grad_enabled():
+        taps = weights_of([encoder.pte_key_conv[name] for encoder in encoders])
+    if taps is None or None in columns:
         query, initial = map(torch.stack, zip(*(encoder.reading(name) for encoder in encoders)))
         return Reading(query, initial + sum(e.touch(name) for e in encoders) if touches else initial)
     needed = columns if rule.num_global_tokens or touches else columns[:2]
@@ -84,8 +87,9 @@ def stacked_reading(name: str, encoders: list[ThoughtEncoder]) -> Reading:
         reading = reading_of(rule, query, global_tokens @ key_weight.mT, global_tokens @ value_weight.mT)
     else:
         reading = reading_of(rule, query)
-    if touches:
-        reading = reading._replace(initial=reading.initial + sum(weight[..., :0].sum() for weight in weights))
+    touched = [*(weights if touches else []), *([torch.stack(taps)] if taps else [])]
+    if touched:  # the convolution always: what else it has a gradient from are evictions
+        reading = reading._replace(initial=reading.initial + sum(weight[..., :0].sum() for weight in touched))
     return reading
 
 

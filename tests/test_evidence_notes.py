@@ -125,8 +125,8 @@ def test_arms_run_and_are_reported(folder: Path, tmp_path: Path) -> None:
     command = ["--task", "notes", "--checkpoint", folder, "--output", tmp_path, "--seeds", 0, "--processes", 1]
     evidence(*command, "--quick", "--evaluated", 8, "--arms", *arms)
     rows = list(csv.DictReader((tmp_path / "notes.csv").open()))
-    # Three distances; on the way two distances at five steps; PTE also with two controls at two.
-    assert len(rows) == 4 * 3 + 2 * 5 * 2 + 2 * 2
+    # Three distances and one beyond; on the way two distances at five steps; PTE also with two controls at two.
+    assert len(rows) == 4 * 4 + 2 * 5 * 2 + 2 * 2
     assert rows[0]["base_dtype"] == "bfloat16" and rows[0]["scaling"] == "0.5" and "base" not in rows[0]
     said = (tmp_path / "README.md").read_text()
     assert (

@@ -17,6 +17,7 @@ every_task = pytest.mark.parametrize("name", [name for name, task in TASKS.items
 TOKENS_OF_EVIDENCE = dict(
     recall=lambda pairs, queries: 2 * pairs,
     capacity=lambda pairs, queries: 2 * pairs,
+    capacity32=lambda pairs, queries: 2 * pairs,
     variables=lambda variables, assignments, hops, queries, overwritten: 3 * assignments,
     multiplication=lambda digits: 2 * digits + 1 + digits * (digits + 2),
     cycle=lambda nodes, hops, queries: 2 * nodes,
@@ -28,8 +29,8 @@ def draw_difficulty(data: st.DataObject, name: str) -> dict[str, int]:
     def integer(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
 
-    if name in ("recall", "capacity"):
-        return dict(pairs=integer(1, 16), queries=integer(1, 8))
+    if name in ("recall", "capacity", "capacity32"):
+        return dict(pairs=integer(1, 32 if name == "capacity32" else 16), queries=integer(1, 8))
     if name == "variables":
         hops = integer(1, 6)
         assignments = integer(hops + 1, 16)

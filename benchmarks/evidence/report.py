@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from arms import ARMS
+from peft_pte import PTEConfig
 from streams import SymbolTask
 from tasks import TASKS
 
@@ -57,15 +58,18 @@ class Results:
         """Until the first question is answered."""
         return next(int(row["evictions"]) for row in self.rows if int(row["distance"]) == distance)
 
-    def times_smaller(self, distance: int, rank: int) -> float:
+    def times_smaller(self, distance: int, arm: str) -> float:
         """Full cache over bounded cache with state, in bytes, at the end of a stream.
 
-        The bounded one has room for the prompt and the whole window. A token is two vectors a layer, a state rank^2.
+        The bounded one has room for the prompt and the whole window. A token is two vectors a layer, what is carried
+        the core and some keys for the convolution.
         """
+        rank = ARMS[arm].rank or int(self.rows[0]["rank"])
+        carried = rank * (rank + PTEConfig(**ARMS[arm].settings).num_convolved - 1)
         length = self.task.length(distance, **self.difficulty)
         room = self.task.prompt_length + int(self.rows[0]["window_size"])
         width = self.task.kv_width(int(self.rows[0].get("hidden_size", 64)))
-        return (length - 1) / (room + rank**2 / (2 * width))
+        return (length - 1) / (room + carried / (2 * width))
 
 
 def interval(values: torch.Tensor) -> tuple[float, float]:
@@ -166,8 +170,7 @@ def claims(results: Results, arm: str) -> list[str]:
         return []
     own = [difference(results.get(arm, distance), results.get(arm, trained)) for distance in distances[1:]]
     lines.append(f"| minus itself at {trained}, the longest trained | | " + " | ".join(own) + " |")
-    rank = ARMS[arm].rank or int(results.rows[0]["rank"])
-    smaller = [f"{results.times_smaller(distance, rank):.1f} times smaller" for distance in distances]
+    smaller = [f"{results.times_smaller(distance, arm):.1f} times smaller" for distance in distances]
     return [*lines, f"| cache with state, in bytes | {' | '.join(smaller)} |"]
 
 

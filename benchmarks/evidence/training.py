@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from peft_pte import PTECache
 from peft_pte.cache.schedule import Schedule
 from streams import Stream, SymbolTask, Task
 from tasks import TASKS
-from unfinished import Unfinished
+from unfinished import Step, Unfinished
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,6 @@ def run_arm(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
         return train_and_evaluate(name, seed, settings)
 
 
-class Step(NamedTuple):
-    """What a step of training tells; the gradient's norm is that before it is clipped to 1."""
-
-    number: int
-    loss: float
-    gradient_norm: float
-
-
 def supervised(
     model: torch.nn.Module, settings: Settings, seed: int, arm: Arm, unfinished: Unfinished | None = None
 ) -> Iterator[Step]:
@@ -270,10 +262,11 @@ def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.M
 
 def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     arm, start = ARMS[name], time.time()
-    model, steps = adapted(arm, settings, seed), [Step(0, float("nan"), float("nan"))]
+    model = adapted(arm, settings, seed)
     identity = name, arm.settings, arm.rank, arm.scaling, arm.slower, seed, settings
     unfinished = Unfinished.of(settings.unfinished, *identity) if settings.unfinished else None
     rows: list[dict[str, Any]] = unfinished.rows if unfinished else []
+    steps: list[Step] = unfinished.steps if unfinished else []
     if arm.is_trained:
         for step in supervised(model, settings, seed, arm, unfinished):
             steps.append(step)
@@ -283,7 +276,7 @@ def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[st
         arm=name,
         seed=seed,
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        train_loss=round(steps[-1].loss, 4),
+        train_loss=round(steps[-1].loss, 4) if steps else float("nan"),
     )
     last = evaluate(model, settings, arm.windowed)
     last += evaluate(model, replace(settings.few, distances=settings.beyond), arm.windowed)
@@ -299,9 +292,9 @@ def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[st
 
 def at_step(steps: list[Step], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of an evaluation, with the median and the largest norm of the gradient in the last 100 steps."""
-    norms = torch.tensor([step.gradient_norm for step in steps[-100:]])
+    norms = torch.tensor([step.gradient_norm for step in steps[-100:]] or [float("nan")])
     about = dict(gradient_norm=round(norms.median().item(), 3), largest_gradient_norm=round(norms.max().item(), 3))
-    return [dict(row, step=steps[-1].number, **about) for row in rows]
+    return [dict(row, step=steps[-1].number if steps else 0, **about) for row in rows]
 
 
 def about_training(settings: Settings) -> dict[str, Any]:
