@@ -49,7 +49,8 @@ class PTEConfig(PeftConfig):
             the adapter acts only after the first eviction. 64 was worse than 32 in the paper.
         pte_alpha (`float`):
             The update is scaled by `pte_alpha / r`, as in LoRA. Half of `r` trained in more cases than `r`, which can
-            make gradients explode, though more slowly where both do; see docs/evidence_first_design.md. `paper()` takes `r`.
+            make gradients explode, though more slowly where both do; see docs/evidence_first_design.md. `paper()` takes
+            `r`.
         pte_dropout (`float`):
             Dropout on the input of `B`. It is active in rollouts too if the model is in train mode.
         window_size (`int` or `"prompt"`):
