@@ -130,7 +130,9 @@ def test_continuing_a_conversation(model) -> None:
     turn = torch.randint(3, 61, (1, 9), generator=torch.Generator().manual_seed(4))
     both = torch.cat([first.sequences, turn], dim=1)
     # The last token of the first answer was never fed: generate feeds it with the new turn.
-    out = model.generate(input_ids=both, past_key_values=first.past_key_values, **GREEDY)
+    # With a mask, because a random model may say the padding token, which would be taken for padding.
+    mask = torch.ones_like(both)
+    out = model.generate(input_ids=both, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
     with torch.no_grad():
         logits = model(input_ids=out, prompt_lengths=12).logits
     logits[..., 2] = -torch.inf

@@ -196,26 +196,42 @@ def test_fresh_adapter_is_the_base_model_bit_for_bit(family: str, dtype: torch.d
         assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False), generated)
 
 
+def asks_with_input_of(attention: torch.nn.Module, projection: torch.nn.Module, change: torch.Tensor) -> None:
+    """Add `change` times the input of the attention module to what a projection of it returns."""
+    seen = []
+    attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+    projection.register_forward_hook(lambda _, args, output: output + seen.pop() @ change.mT)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("update", ["sum", "delta", "none"])
-def test_without_eviction_the_update_is_static(family: str, update: str) -> None:
-    """A window as long as the text: the model with A S_0 B added to its weights."""
-    model = with_adapter(tiny_model(family), window_size=20, state_update=update)
+@pytest.mark.parametrize("source", ["hidden_states", "attention_output"])
+def test_without_eviction_the_update_is_static(family: str, update: str, source: str) -> None:
+    """A window as long as the text: the model with A S_0 B added to its weights; at the output projection, which may
+    be asked for something else than its own input, to its result."""
+    model = with_adapter(tiny_model(family), window_size=20, state_update=update, output_source=source)
     ids = torch.randint(3, 61, (2, 25), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(input_ids=ids, prompt_lengths=5).logits
         decoded, cache = decode(model, ids, None, [5] + [1] * 20)
         assert cache.num_evicted == [0, 0]
-        weights = {}
+        weights, asked_elsewhere = {}, {}
         for name, module in model.get_base_model().named_modules():
             if hasattr(module, "pte_A"):
                 encoder = model.get_base_model().get_submodule(name.rpartition(".")[0]).thought_encoder
                 state = encoder.read("default", encoder.start("default", 1))[0]
                 A, B = module.pte_A["default"].weight, module.pte_B["default"].weight
-                weights[name] = module.base_layer.weight + 8 / 5 * A @ state @ B
+                change = 8 / 5 * A @ state @ B
+                if source == "hidden_states" and name.endswith("o_proj"):
+                    asked_elsewhere[name] = change
+                else:
+                    weights[name] = module.base_layer.weight + change
         base = model.unload()
         for name, weight in weights.items():
             base.get_submodule(name).weight.copy_(weight)
+        assert len(asked_elsewhere) == (2 if source == "hidden_states" else 0)
+        for name, change in asked_elsewhere.items():
+            asks_with_input_of(base.get_submodule(name.rpartition(".")[0]), base.get_submodule(name), change)
         expected = base(input_ids=ids).logits
     assert relative_error(logits, expected) <= 1e-10
     assert relative_error(decoded, expected) <= 1e-10

@@ -109,7 +109,7 @@ def convolve(
     known = torch.cat([before, keys], dim=1)
     sums = keys
     for j, tap in enumerate(taps, start=1):
-        sums = sums + tap * known[:, size - j : size - j + m]
+        sums = torch.addcmul(sums, tap, known[:, size - j : size - j + m])
     if valid is None:
         return sums, known[:, m:]
     last = valid.sum(1)[:, None] + torch.arange(size, device=valid.device)
