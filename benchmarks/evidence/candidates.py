@@ -22,7 +22,8 @@ from peft_pte.layer import Linear
 from peft_pte_kernels import reference
 from peft_pte_kernels.reference import bound_rows, convolve, delta_update, in_front, unit_rows
 
-Written = torch.Tensor
+Rows = torch.Tensor
+Valid = torch.Tensor | None
 GATE_START = 4.0  # sigmoid(4) = 0.98
 
 
@@ -48,6 +49,26 @@ def carrying(extra: Callable[[StateRule], int]) -> Iterator[None]:
 
 
 @contextmanager
+def with_write(change: Callable[..., Rows]) -> Iterator[None]:
+    """Another way to write: (what is carried, keys, values, valid, taps) -> what is carried; valid tokens are in front."""
+
+    def write(
+        update: str,
+        core: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+        taps: torch.Tensor,
+    ) -> Rows:
+        if valid is not None:
+            keys, values, valid = in_front(keys, values, valid.expand(len(core), -1))
+        return change(core, keys, values, valid, taps)
+
+    with patch.object(reference, "write", write):
+        yield
+
+
+@contextmanager
 def with_neighbour_from_the_start() -> Iterator[None]:
     """The convolution starts as the sum of a key and the one before it, not as the key."""
 
@@ -67,22 +88,13 @@ def with_convolved_values() -> Iterator[None]:
         nn.init.zeros_(table.weight)
         self.pte_key_conv[name] = table.requires_grad_(self.pte_key[name].weight.requires_grad)
 
-    def write(
-        update: str,
-        core: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        taps: torch.Tensor,
-    ) -> Written:
-        if valid is not None:
-            keys, values, valid = in_front(keys, values, valid.expand(len(core), -1))
+    def write(core: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: Valid, taps: torch.Tensor) -> Rows:
         matrix, last_keys, last_values = core.split([core.shape[-1], len(taps) // 2, len(taps) // 2], dim=1)
         keys, last_keys = convolve(keys, last_keys, taps[: len(taps) // 2], valid)
         values, last_values = convolve(values, last_values, taps[len(taps) // 2 :], valid)
         return torch.cat([delta_update(matrix, keys, values, valid), last_keys, last_values], dim=1)
 
-    with after_update_layer(widen), carrying(lambda rule: rule.conv_size - 1), patch.object(reference, "write", write):
+    with after_update_layer(widen), carrying(lambda rule: rule.conv_size - 1), with_write(write):
         yield
 
 
@@ -142,24 +154,15 @@ def with_channel_gates() -> Iterator[None]:
         table.weight.data[: len(usual)] = usual
         self.pte_key_conv[name] = table.requires_grad_(self.pte_key[name].weight.requires_grad)
 
-    def write(
-        update: str,
-        core: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        taps: torch.Tensor,
-    ) -> Written:
+    def write(core: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: Valid, taps: torch.Tensor) -> Rows:
         r = core.shape[-1]
         taps, of_values, of_keys = taps.split([len(taps) - 2 * r, r, r])
-        if valid is not None:
-            keys, values, valid = in_front(keys, values, valid.expand(len(core), -1))
         keys, last = convolve(keys, core[:, r:], taps, valid)
         keys, gates = unit_rows(keys), [torch.sigmoid(values @ w.mT + GATE_START) for w in (of_values, of_keys)]
         matrix = asymmetric_update(core[:, :r], keys, keys * gates[1], values * gates[0], valid)
         return torch.cat([matrix, last], dim=1)
 
-    with after_update_layer(widen), patch.object(reference, "write", write):
+    with after_update_layer(widen), with_write(write):
         yield
 
 
@@ -170,18 +173,9 @@ def with_least_squares(ridge: float = 1.0) -> Iterator[None]:
     G stands under what else is carried.
     """
 
-    def write(
-        update: str,
-        core: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        taps: torch.Tensor,
-    ) -> Written:
+    def write(core: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: Valid, taps: torch.Tensor) -> Rows:
         r = core.shape[-1]
         sums, last, gram = core.split([r, len(taps), r], dim=1)
-        if valid is not None:
-            keys, values, valid = in_front(keys, values, valid.expand(len(core), -1))
         keys, last = convolve(keys, last, taps, valid)
         keys = unit_rows(keys)
         if valid is not None:
@@ -195,7 +189,7 @@ def with_least_squares(ridge: float = 1.0) -> Iterator[None]:
 
     with (
         carrying(lambda rule: rule.r),
-        patch.object(reference, "write", write),
+        with_write(write),
         patch.object(peft_pte.encoder, "read_layers", read_layers),
         patch.object(peft_pte.stacked, "read_layers", read_layers),
     ):
