@@ -50,7 +50,7 @@ def carrying(extra: Callable[[StateRule], int]) -> Iterator[None]:
 
 @contextmanager
 def with_write(change: Callable[..., Rows]) -> Iterator[None]:
-    """Another way to write: (what is carried, keys, values, valid, taps) -> what is carried; valid tokens are in front."""
+    """Another way to write: (carried rows, keys, values, valid, taps) -> carried rows; valid tokens are in front."""
 
     def write(
         update: str,
