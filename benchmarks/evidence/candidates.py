@@ -18,7 +18,7 @@ import peft_pte.encoder
 import peft_pte.stacked
 from peft_pte import PTEConfig
 from peft_pte.encoder import Reading, StateRule, ThoughtEncoder, TokenTable
-from peft_pte.layer import Linear
+from peft_pte.model import PTEModel, base_layer_of
 from peft_pte_kernels import reference
 from peft_pte_kernels.reference import bound_rows, convolve, delta_update, in_front, unit_rows
 
@@ -207,13 +207,13 @@ def with_attention_start() -> Iterator[None]:
         solution = torch.linalg.lstsq(self.pte_query[name].weight.detach(), torch.eye(config.r)).solution
         self.pte_query_tokens[name].weight.data.copy_(solution.mT)
 
-    create = peft_pte.model.PTEModel._create_and_replace
+    create = PTEModel._create_and_replace
 
     def _create_and_replace(self: Any, config: PTEConfig, name: str, target: Any, target_name: str, parent: nn.Module,
                             *args: Any, **kwargs: Any) -> None:  # fmt: skip
         create(self, config, name, target, target_name, parent, *args, **kwargs)
         if target_name == "o_proj":
-            query = parent.q_proj.weight if not isinstance(parent.q_proj, Linear) else parent.q_proj.base_layer.weight
+            query = base_layer_of(parent.q_proj).weight
             heads = query.detach().unflatten(0, (parent.config.num_key_value_heads, -1, parent.head_dim)).mean(1)
             start = parent.thought_encoder.pte_key[name].weight.detach() @ heads.flatten(0, 1)
             weight = parent.o_proj.pte_B[name].weight.data
@@ -221,6 +221,6 @@ def with_attention_start() -> Iterator[None]:
 
     with (
         after_update_layer(turned),
-        patch.object(peft_pte.model.PTEModel, "_create_and_replace", _create_and_replace),
+        patch.object(PTEModel, "_create_and_replace", _create_and_replace),
     ):
         yield
