@@ -251,6 +251,18 @@ def kernel_checks(device: str, dtype: torch.dtype) -> Iterator[KernelCheck]:
             lambda *x, f=updated: f(reference.low_rank_update, *x),
             [normal(num_rows, num_tokens, size), state, *bases, *factors],
         )
+        gate = normal(rank, size, scale=size**-0.5)
+
+        def gated(function: Function, x: torch.Tensor, state: torch.Tensor, *rest: torch.Tensor) -> list[torch.Tensor]:
+            base, a, b, gate = rest
+            return list(function(x, [base], state, [a], [b], 0.5, gate))
+
+        yield KernelCheck(
+            f"low_rank_update with a gate r={rank} rows={num_rows} tokens={num_tokens}",
+            lambda *x, f=gated: f(peft_pte_kernels.low_rank_update, *x),
+            lambda *x, f=gated: f(reference.low_rank_update, *x),
+            [normal(num_rows, num_tokens, size), state, bases[0], factors[0], factors[3], gate],
+        )
     for vocabulary in (32000, 50257):
         targets = torch.randint(vocabulary, (3, 5), generator=generator, device=device)
         for index, part in enumerate(("logprob", "entropy")):

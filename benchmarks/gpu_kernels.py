@@ -115,14 +115,18 @@ def measure_encode(options: argparse.Namespace, results: Results) -> None:
 
 
 class Projections(NamedTuple):
-    """One attention layer's inputs and adapter weights: q, k and v of one input, and o."""
+    """One attention layer's inputs and adapter weights: q, k and v of one input, and o.
+
+    PTE asks with the input of the module at o too, and has a gate there.
+    """
 
     x: torch.Tensor
     attended: torch.Tensor
     bases: list[torch.Tensor]  # W x of q, k, v and o
     state: torch.Tensor
     A: list[torch.Tensor]
-    B: list[torch.Tensor]
+    B: list[torch.Tensor]  # of LoRA
+    asked: list[torch.Tensor]  # B and G of PTE at o
 
     @classmethod
     def random(cls, sizes: Sizes, batch: int, tokens: int, device: str, gradient: bool) -> Projections:
@@ -139,11 +143,12 @@ class Projections(NamedTuple):
             normal(batch, RANK, RANK, scale=RANK**-0.5, dtype=torch.float32),
             [normal(size, RANK) for size in outputs],
             [normal(RANK, size, scale=size**-0.5) for size in inputs],
+            [normal(RANK, sizes.hidden, scale=sizes.hidden**-0.5) for _ in range(2)],
         )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [self.x, self.attended, *self.bases, self.state, *self.A, *self.B]
+        return [self.x, self.attended, *self.bases, self.state, *self.A, *self.B, *self.asked]
 
     @property
     def num_bytes(self) -> int:
@@ -152,7 +157,8 @@ class Projections(NamedTuple):
 
 def pte_update(p: Projections) -> list[torch.Tensor]:
     first = peft_pte_kernels.low_rank_update(p.x, p.bases[:3], p.state, p.A[:3], p.B[:3], 1.0)
-    return [*first, *peft_pte_kernels.low_rank_update(p.attended, p.bases[3:], p.state, p.A[3:], p.B[3:], 1.0)]
+    B, gate = p.asked
+    return [*first, *peft_pte_kernels.low_rank_update(p.x, p.bases[3:], p.state, p.A[3:], [B], 1.0, gate)]
 
 
 def lora_update(p: Projections) -> list[torch.Tensor]:

@@ -156,7 +156,8 @@ def low_rank_cases(low_rank: Any) -> Iterator[Case]:
         (BF16, 8, attention, *segment),
         (FP32, 16, attention, *decoding),
         (FP16, 32, attention, *segment),
-        *((BF16, 32, single, *size) for size in ((1, 1), (128, 1))),
+        *((BF16, 32, single, *size) for size in ((1, 1), (128, 1), segment)),
+        *((FP32, 64, single, *size) for size in (decoding, segment)),
         *((dtype, 64, odd, *size) for dtype in (BF16, FP32) for size in (decoding, segment)),
         (FP16, 64, odd, 2, 17),
         (FP32, 32, (257,), 2, 1000),
@@ -168,7 +169,8 @@ def low_rank_cases(low_rank: Any) -> Iterator[Case]:
             x = torch.empty(rows, tokens, 2048, dtype=dtype)
             bases = [torch.empty(rows, tokens, width, dtype=dtype) for width in widths]
             A = [torch.empty(width, rank, dtype=dtype) for width in widths]
-            B = [torch.empty(rank, 2048, dtype=dtype) for _ in widths]
+            gated = len(widths) == 1  # as at an output projection
+            B = [torch.empty(rank, 2048, dtype=dtype) for _ in range(len(widths) + gated)]
             state = torch.empty(rows, rank, rank)
             *outputs, z = low_rank.low_rank(x, bases, state, A, B, 2.0)
             if tokens > 1:

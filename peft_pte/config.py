@@ -87,6 +87,10 @@ class PTEConfig(PeftConfig):
             as for q, k and v, so that what the state answers goes straight to the module's output.
             `"attention_output"`: the projection's own input, as in the paper, so that the answer to a question waits
             for an attention head that carries the question. `None` takes `"hidden_states"`.
+        output_gate (`bool` or `None`):
+            Whether what is read at the output projection is gated by what it is asked with, channel by channel:
+            `A (2 sigmoid(G x) * S B x)`, where `G` [r, in] starts at zero and so every gate at one. (A token that asks
+            nothing can then close it.) `None` takes `True` with `output_source="hidden_states"`.
         encode_keys (`"pre_rope"`, `"chunk"` or `"post_rope"`):
             Keys are encoded with their rotary position taken out, relative to the first token of the evicted chunk, or
             as they are in the cache.
@@ -161,6 +165,10 @@ class PTEConfig(PeftConfig):
         default=None,
         metadata={"help": "What the state is asked with at the output projection. Default: 'hidden_states'."},
     )
+    output_gate: Optional[bool] = field(
+        default=None,
+        metadata={"help": "Gate what is read at the output projection. Default: with output_source='hidden_states'."},
+    )
     encode_keys: Literal["pre_rope", "chunk", "post_rope"] = field(
         default="pre_rope", metadata={"help": "Which positions the encoded keys carry."}
     )
@@ -196,6 +204,7 @@ class PTEConfig(PeftConfig):
         if self.peft_version is not None:  # only what was saved says it, and may be older than these fields
             self.conv_size = self.conv_size or 1
             self.output_source = self.output_source or "attention_output"
+            self.output_gate = self.output_gate or False
         super().__post_init__()
         self.output_source = self.output_source or "hidden_states"
         self.peft_type = PeftType.PTE
@@ -203,7 +212,7 @@ class PTEConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        self.state_norm, self.conv_size = self.norm, self.num_convolved
+        self.state_norm, self.conv_size, self.output_gate = self.norm, self.num_convolved, self.has_output_gate
         self._validate()
 
     @classmethod
@@ -217,6 +226,7 @@ class PTEConfig(PeftConfig):
             state_norm="write",
             conv_size=1,
             output_source="attention_output",
+            output_gate=False,
             window_size="prompt",
             eviction_ratio=0.25,
             retained_prefix="prompt",
@@ -247,6 +257,11 @@ class PTEConfig(PeftConfig):
         if self.conv_size is not None:
             return self.conv_size
         return 2 if self.state_update == "delta" else 1
+
+    @property
+    def has_output_gate(self) -> bool:
+        """`output_gate`, or its default."""
+        return self.output_source == "hidden_states" if self.output_gate is None else self.output_gate
 
     @property
     def cache_policy(self) -> CachePolicy:
@@ -313,6 +328,8 @@ class PTEConfig(PeftConfig):
             refuse("conv_size", "with state_update='none' no keys are written: leave it out.")
         if self.state_update == "none" and self.num_global_tokens == 0:
             refuse("num_global_tokens", "with state_update='none' the state would always be zero: use 1 or more.")
+        if not isinstance(self.output_gate, bool):
+            refuse("output_gate", "must be True, False or None.")
         for name in ("init_weights", "offload"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "must be True or False.")

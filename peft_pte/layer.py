@@ -93,7 +93,7 @@ def device_of(layer: nn.Module) -> torch.device:
 class PTELayer(BaseTunerLayer):
     """What the projections and the thought encoder have in common: containers by adapter name."""
 
-    adapter_layer_names: tuple[str, ...] = ("pte_A", "pte_B", "pte_dropout")
+    adapter_layer_names: tuple[str, ...] = ("pte_A", "pte_B", "pte_gate", "pte_dropout")
     other_param_names: tuple[str, ...] = ("pte_scaling", "pte_reads_input")
 
     merge = refuse_merge
@@ -179,7 +179,8 @@ class Linear(nn.Module, PTELayer):
     """A projection with a state-conditioned low-rank update.
 
     `pte_B[name]` is [r, in], `pte_A[name]` is [out, r]; the state `S` [B, r, r] is handed over by the attention
-    module's hooks in `current_call`, for the duration of one call, and is never kept.
+    module's hooks in `current_call`, for the duration of one call, and is never kept. With `output_gate` an output
+    projection has `pte_gate[name]`, G [r, in] too, and adds `A (2 sigmoid(G x) * S B x)`.
 
     Args:
         hidden_size: of an output projection, the width of its attention module's input, which `B` reads with
@@ -201,6 +202,7 @@ class Linear(nn.Module, PTELayer):
         self.pte_reads_input: dict[str, bool] = {}  # of the projection; else the attention module's
         self.pte_A = nn.ModuleDict({})
         self.pte_B = nn.ModuleDict({})
+        self.pte_gate = nn.ModuleDict({})
         self.pte_dropout = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -213,21 +215,27 @@ class Linear(nn.Module, PTELayer):
         self.pte_dropout[adapter_name] = nn.Dropout(config.pte_dropout) if config.pte_dropout else nn.Identity()
         reads_input = self.hidden_size is None or config.output_source == "attention_output"
         self.pte_reads_input[adapter_name] = reads_input
-        self.pte_B[adapter_name] = nn.Linear(
-            self.in_features if reads_input else self.hidden_size, config.r, bias=False
-        )
+        width = self.in_features if reads_input else self.hidden_size
+        self.pte_B[adapter_name] = nn.Linear(width, config.r, bias=False)
+        if self.hidden_size is not None and config.has_output_gate:
+            self.pte_gate[adapter_name] = nn.Linear(width, config.r, bias=False)
+        elif adapter_name in self.pte_gate:
+            del self.pte_gate[adapter_name]
         self.pte_A[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """LoRA's initialisation: B random, A zero (or random, for tests)."""
+        """LoRA's initialisation: B random, A zero (or random, for tests); all gates at one (or random)."""
         nn.init.kaiming_uniform_(self.pte_B[adapter_name].weight, a=math.sqrt(5))
-        if init_weights:
-            nn.init.zeros_(self.pte_A[adapter_name].weight)
-        else:
-            nn.init.kaiming_uniform_(self.pte_A[adapter_name].weight, a=math.sqrt(5))
+        for container in (self.pte_A, self.pte_gate):
+            if adapter_name not in container:
+                continue
+            if init_weights:
+                nn.init.zeros_(container[adapter_name].weight)
+            else:
+                nn.init.kaiming_uniform_(container[adapter_name].weight, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x` [B, T, in] -> [B, T, out] in the dtype of the base layer's result."""
@@ -250,14 +258,18 @@ class Linear(nn.Module, PTELayer):
         for name in live:
             A, B = self.pte_A[name], self.pte_B[name]
             asked = x if self.pte_reads_input[name] else call.hidden_states
-            z = B(self.pte_dropout[name](self._cast_input_dtype(asked, B.weight.dtype)))
+            asked = self.pte_dropout[name](self._cast_input_dtype(asked, B.weight.dtype))
+            z = B(asked)
             z = z @ call.states[name].to(z.dtype).mT
+            if name in self.pte_gate:
+                z = z * (2 * torch.sigmoid(self.pte_gate[name](asked)))
             result = result + (A(z) * self.pte_scaling[name]).to(result.dtype)
         return result
 
     def _is_fused(self, x: torch.Tensor, live: list[str]) -> bool:
         ranks = [self.pte_B[name].out_features for name in live]
-        modules = [container[name] for container in (self.pte_A, self.pte_B) for name in live]
+        containers = (self.pte_A, self.pte_B, self.pte_gate)
+        modules = [container[name] for container in containers for name in live if name in container]
         return is_fused(modules, x, rank=max(ranks))
 
     def _drops(self, live: list[str]) -> bool:
@@ -282,6 +294,7 @@ class Linear(nn.Module, PTELayer):
                 [p.pte_A[name].weight for p in group],
                 [p.pte_B[name].weight for p in group],
                 self.pte_scaling[name],
+                self.pte_gate[name].weight if name in self.pte_gate else None,
             )
         call.input = x if len(group) > 1 else call.input
         call.results.update(zip(group[1:], results[1:]))

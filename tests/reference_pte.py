@@ -62,8 +62,8 @@ def run_reference(
         adapter: Tensors named as in a PEFT state dict, without an adapter name. With None the policy is that
             of a plain sliding window: evicted thoughts are lost.
         config: r, pte_alpha, window_size, eviction_ratio, retained_prefix, state_update, state_norm,
-            state_norm_type, encode_keys, conv_size, output_source. num_global_tokens is checked against the adapter
-            if it is there.
+            state_norm_type, encode_keys, conv_size, output_source, output_gate. num_global_tokens is checked against
+            the adapter if it is there.
         tokens: The whole sequence, without padding.
         prompt_length: How many of the tokens are prompt.
         position_offset: Rotary position of the first token.
@@ -221,6 +221,9 @@ class ReferenceModel:
         if config["output_source"] not in ("hidden_states", "attention_output"):
             raise ValueError(f"unknown output_source {config['output_source']!r}")
         self.output_reads_input = config["output_source"] == "hidden_states"
+        gated = {name.split(".")[-3] for name in self.adapter if name.endswith("pte_gate.weight")}
+        if gated != ({"o_proj"} if config["output_gate"] else set()):
+            raise ValueError(f"gated are {gated}, but output_gate is {config['output_gate']!r}")
         self.caches: list[list[CachedToken]] = [[] for _ in range(hf.num_hidden_layers)]
         self.states: list[ThoughtState | None] = []
         for layer in range(hf.num_hidden_layers):
@@ -313,12 +316,16 @@ class ReferenceModel:
     def linear(self, name: str, x: Tensor, state: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
         """y = W x (+ bias) + scaling * A S B x, Eq. 5; the last term for adapted projections only.
 
-        `asked`: what the state is asked with, where that is not x.
+        `asked`: what the state is asked with, where that is not x. A gate G makes it A (2 sigmoid(G x) * S B x).
         """
         y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
         if state is not None and f"{name}.pte_A.weight" in self.adapter:
             a, b = self.adapter[f"{name}.pte_A.weight"], self.adapter[f"{name}.pte_B.weight"]
-            y = y + self.scaling * (a @ (state @ (b @ (x if asked is None else asked))))
+            asked = x if asked is None else asked
+            answer = state @ (b @ asked)
+            if f"{name}.pte_gate.weight" in self.adapter:
+                answer = answer * 2 / (1 + torch.exp(-(self.adapter[f"{name}.pte_gate.weight"] @ asked)))
+            y = y + self.scaling * (a @ answer)
         return y
 
     def rms_norm(self, name: str, x: Tensor) -> Tensor:

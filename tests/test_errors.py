@@ -57,6 +57,7 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], str]] = [
         dict(output_source="heads"),
         "PTEConfig: `output_source` is 'heads', but must be one of 'hidden_states', 'attention_output'.",
     ),
+    (dict(output_gate="sigmoid"), "PTEConfig: `output_gate` is 'sigmoid', but must be True, False or None."),
     (
         dict(encode_keys="rope"),
         "PTEConfig: `encode_keys` is 'rope', but must be one of 'pre_rope', 'chunk', 'post_rope'.",
@@ -98,7 +99,8 @@ def test_paper_settings() -> None:
     assert (PTEConfig().conv_size, PTEConfig(state_update="sum").conv_size) == (2, 1)
     assert PTEConfig(state_update="none").conv_size == 1
     paper = PTEConfig.paper()
-    assert (paper.conv_size, paper.output_source) == (1, "attention_output")
+    assert (paper.conv_size, paper.output_source, paper.output_gate) == (1, "attention_output", False)
+    assert (PTEConfig().output_gate, PTEConfig(output_source="attention_output").output_gate) == (True, False)
     assert PTEConfig(state_update="sum").state_norm == "read"
 
 

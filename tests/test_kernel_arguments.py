@@ -123,6 +123,12 @@ CASES: list[tuple[Callable[..., None], dict[str, Any], str]] = [
         "`A` is a list of 1, but must be one tensor for each projection, here 2",
     ),
     (low_rank_update, dict(B=[zeros(D, R)] * 2), "`bases, A, B` is of shapes (3, 6, 8), (8, 4), (16, 4)"),
+    (low_rank_update, dict(gate=zeros(R, D)), "`gate` is given with 2 projections, but must be None, or that of a"),
+    (
+        low_rank_update,
+        dict(bases=[zeros(B, T, OUT)], A=[zeros(OUT, R)], B=[zeros(R, D)], gate=zeros(R, OUT)),
+        "`gate` is of shape (4, 8), but must be [r, in], here (4, 16)",
+    ),
     (decode_attention, dict(first=INTEGERS[:1]), "`first` is of shape (1,), but must be [B], here (3,)."),
     (decode_attention, dict(first=zeros(B)), "`first` is torch.float32, but must be of integers"),
     (decode_attention, dict(first=INTEGERS.to("meta")), "`first` is on meta, but must be on cpu"),

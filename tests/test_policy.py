@@ -26,6 +26,7 @@ REFERENCE_FIELDS = (
     "encode_keys",
     "conv_size",
     "output_source",
+    "output_gate",
 )
 
 
@@ -65,6 +66,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         state_norm_type=draw(st.sampled_from(["row", "frobenius"])),
         encode_keys=draw(st.sampled_from(["pre_rope", "chunk", "post_rope"])),
         output_source=draw(st.sampled_from(["hidden_states", "hidden_states", "attention_output"])),
+        output_gate=draw(st.sampled_from([True, True, False])),
         conv_size=1 if update == "none" else draw(st.sampled_from([1, 2, 2, 3, 4])),
         num_global_tokens=draw(st.sampled_from([1, 4] if update == "none" else [0, 1, 4])),
         # Without a norm a random A feeds the state back into itself and grows without bound; a small one does not.

@@ -55,19 +55,22 @@ def test_any_configuration_survives(tmp_path_factory: pytest.TempPathFactory, ca
 
 def test_saved_before_there_was_a_convolution(tmp_path: Path) -> None:
     """Adapters whose configuration does not know newer fields behave as they did, however they are loaded."""
-    model = with_adapter(tiny_model("llama"), window_size=8, conv_size=1, output_source="attention_output")
+    model = with_adapter(
+        tiny_model("llama"), window_size=8, conv_size=1, output_source="attention_output", output_gate=False
+    )
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     saved = json.loads(path.read_text())
-    assert (saved.pop("conv_size"), saved.pop("output_source")) == (1, "attention_output")
+    older = {name: saved.pop(name) for name in ("conv_size", "output_source", "output_gate")}
+    assert older == dict(conv_size=1, output_source="attention_output", output_gate=False)
     path.write_text(json.dumps(saved))
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
     assert relative_error(logits(loaded), logits(model)) <= 1e-12
     for config in (PeftConfig.from_pretrained(tmp_path), PTEConfig.from_pretrained(tmp_path)):
-        assert (config.conv_size, config.output_source) == (1, "attention_output")
+        assert {name: getattr(config, name) for name in older} == older
     # Who writes a configuration gets the default, also from a dictionary.
     written = get_peft_config(dict(peft_type="PTE"))
-    assert (written.conv_size, written.output_source) == (PTEConfig().conv_size, "hidden_states")
+    assert (written.conv_size, written.output_source, written.output_gate) == (2, "hidden_states", True)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,20 +199,31 @@ def test_fresh_adapter_is_the_base_model_bit_for_bit(family: str, dtype: torch.d
         assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False), generated)
 
 
-def asks_with_input_of(attention: torch.nn.Module, projection: torch.nn.Module, change: torch.Tensor) -> None:
-    """Add `change` times the input of the attention module to what a projection of it returns."""
+def asked_with(
+    A: torch.Tensor, state: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    return 8 / 5 * (x @ B.mT @ state.mT * 2 * torch.sigmoid(x @ gate.mT)) @ A.mT
+
+
+def asks_with_input_of(
+    attention: torch.nn.Module, projection: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Add `change` of the input of the attention module to what a projection of it returns."""
     seen = []
     attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
-    projection.register_forward_hook(lambda _, args, output: output + seen.pop() @ change.mT)
+    projection.register_forward_hook(lambda _, args, output: output + change(seen.pop()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("update", ["sum", "delta", "none"])
-@pytest.mark.parametrize("source", ["hidden_states", "attention_output"])
-def test_without_eviction_the_update_is_static(family: str, update: str, source: str) -> None:
+@pytest.mark.parametrize(
+    "source, gated", [("hidden_states", True), ("hidden_states", False), ("attention_output", False)]
+)
+def test_without_eviction_the_update_is_static(family: str, update: str, source: str, gated: bool) -> None:
     """A window as long as the text: the model with A S_0 B added to its weights; at the output projection, which may
-    be asked for something else than its own input, to its result."""
-    model = with_adapter(tiny_model(family), window_size=20, state_update=update, output_source=source)
+    be asked for something else than its own input, and gated, to its result."""
+    settings = dict(window_size=20, state_update=update, output_source=source, output_gate=gated)
+    model = with_adapter(tiny_model(family), **settings)
     ids = torch.randint(3, 61, (2, 25), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(input_ids=ids, prompt_lengths=5).logits
@@ -221,11 +235,11 @@ def test_without_eviction_the_update_is_static(family: str, update: str, source:
                 encoder = model.get_base_model().get_submodule(name.rpartition(".")[0]).thought_encoder
                 state = encoder.read("default", encoder.start("default", 1))[0]
                 A, B = module.pte_A["default"].weight, module.pte_B["default"].weight
-                change = 8 / 5 * A @ state @ B
                 if source == "hidden_states" and name.endswith("o_proj"):
-                    asked_elsewhere[name] = change
+                    gate = module.pte_gate["default"].weight if gated else torch.zeros_like(B)
+                    asked_elsewhere[name] = partial(asked_with, A, state, B, gate)
                 else:
-                    weights[name] = module.base_layer.weight + change
+                    weights[name] = module.base_layer.weight + 8 / 5 * A @ state @ B
         base = model.unload()
         for name, weight in weights.items():
             base.get_submodule(name).weight.copy_(weight)

@@ -62,7 +62,7 @@ def pte(**settings: Any) -> Arm:
 
 
 # What the package did before: a key is written as it is, and the output projection asks with its own input.
-BEFORE: dict[str, Any] = dict(conv_size=1, output_source="attention_output")
+BEFORE: dict[str, Any] = dict(conv_size=1, output_source="attention_output", output_gate=False)
 
 
 def before(**settings: Any) -> Arm:
@@ -85,8 +85,12 @@ CANDIDATES: dict[str, Arm] = {
     "PTE, no convolution": pte(conv_size=1),
     "PTE, convolution over 4": pte(conv_size=4),
     "PTE, convolution starts with the neighbour": replace(pte(), variant=with_neighbour_from_the_start),
+    "PTE, convolution starts with half the neighbour": replace(
+        pte(), variant=partial(with_neighbour_from_the_start, 0.5)
+    ),
     "PTE, values convolved too": replace(pte(), variant=with_convolved_values),
-    "PTE, output asks with attention output": pte(output_source="attention_output"),
+    "PTE, no output gate": pte(output_gate=False),
+    "PTE, output asks with attention output": pte(output_source="attention_output", output_gate=False),
     "PTE, q and o only": pte(target_modules=["q_proj", "o_proj"]),
     "PTE, o only": pte(target_modules=["o_proj"]),
     "PTE, 4 heads": replace(pte(), variant=with_heads),

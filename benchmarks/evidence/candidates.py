@@ -69,11 +69,11 @@ def with_write(change: Callable[..., Rows]) -> Iterator[None]:
 
 
 @contextmanager
-def with_neighbour_from_the_start() -> Iterator[None]:
-    """The convolution starts as the sum of a key and the one before it, not as the key."""
+def with_neighbour_from_the_start(share: float = 1.0) -> Iterator[None]:
+    """The convolution starts as the sum of a key and (a share of) the one before it, not as the key."""
 
     def neighbour(self: ThoughtEncoder, name: str, config: PTEConfig) -> None:
-        nn.init.ones_(self.pte_key_conv[name].weight[0])
+        nn.init.constant_(self.pte_key_conv[name].weight[0], share)
 
     with after_update_layer(neighbour):
         yield

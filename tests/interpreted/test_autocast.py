@@ -72,13 +72,13 @@ def test_full_gradients(length: int) -> None:
 def test_an_update_does_not_depend_on_autocast(dtype: torch.dtype, num_tokens: int) -> None:
     """Bit for bit, forward and backward: the op multiplies in the dtypes that it chooses."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, num_tokens, 24), (2, num_tokens, 16), (2, 8, 8), (16, 8), (8, 24)]
+    shapes = [(2, num_tokens, 24), (2, num_tokens, 16), (2, 8, 8), (16, 8), (8, 24), (8, 24)]
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
     inputs[:2] = [x.to(dtype) for x in inputs[:2]]
 
     def run() -> list[torch.Tensor]:
-        x, base, state, a, b = leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        (output,) = peft_pte_kernels.low_rank_update(x, [base], state, [a], [b], 0.5)
+        x, base, state, a, b, gate = leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        (output,) = peft_pte_kernels.low_rank_update(x, [base], state, [a], [b], 0.5, gate)
         return [output, *torch.autograd.grad(output, leaves, torch.ones_like(output))]
 
     expected = run()

@@ -72,13 +72,15 @@ def low_rank_update(
     A: list[torch.Tensor],
     B: list[torch.Tensor],
     scaling: float,
+    gate: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """y + scaling * A S B x for up to three projections of one input; see `reference.low_rank_update`."""
-    checks.low_rank_update(x, bases, state, A, B)
-    if uses_triton(x, *bases, *A, *B, state, rank=state.shape[-1]):
+    checks.low_rank_update(x, bases, state, A, B, gate)
+    shrinking = B if gate is None else [*B, gate]
+    if uses_triton(x, *bases, *A, *shrinking, state, rank=state.shape[-1]):
         op = low_rank_ops.low_rank if can_skip_dispatcher() else low_rank_ops.low_rank_op
-        return op(x, bases, state, A, B, scaling)[:-1]
-    return reference.low_rank_update(x, bases, state, A, B, scaling)
+        return op(x, bases, state, A, shrinking, scaling)[:-1]
+    return reference.low_rank_update(x, bases, state, A, B, scaling, gate)
 
 
 def decode_attention(

@@ -116,7 +116,12 @@ def compact(slots: list[torch.Tensor], start: int, count: int, length: int) -> N
 
 
 def low_rank_update(
-    x: torch.Tensor, bases: list[torch.Tensor], state: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor]
+    x: torch.Tensor,
+    bases: list[torch.Tensor],
+    state: torch.Tensor,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    gate: torch.Tensor | None,
 ) -> None:
     """The only one that is called in each layer of each step, so in few words."""
     expect_dim("x", x, "[B, T, in]", 3)
@@ -133,6 +138,10 @@ def low_rank_update(
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (base, a, b))
             wanted = f"[B, T, out], [out, r], [r, in], here B = {num_rows}, T = {num_tokens}, r = {r}, in = {width}"
             refuse("bases, A, B", f"of shapes {shapes}", wanted)
+    if gate is not None:
+        if len(bases) > 1:
+            refuse("gate", f"given with {len(bases)} projections", "None, or that of a single projection")
+        expect("gate", gate, device, "[r, in]", r, width)
 
 
 def decode_attention(

@@ -216,12 +216,14 @@ def low_rank_update(
     A: list[torch.Tensor],
     B: list[torch.Tensor],
     scaling: float,
+    gate: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """y + scaling * A S B x (Eq. 5) for projections of the same input.
 
     Args:
         x: [B, T, in]. bases: y = W x of each projection, [B, T, out].
         state: S, [B, r, r]. A: [out, r] and B: [r, in] of each projection.
+        gate: G, [r, in], of a single projection: y + scaling * A (2 sigmoid(G x) * S B x), `*` by element.
 
     Returns:
         Of each projection [B, T, out], in the dtype of its base.
@@ -230,6 +232,8 @@ def low_rank_update(
     for base, a, b in zip(bases, A, B):
         z = x.to(b.dtype) @ b.mT
         z = z @ state.to(z.dtype).mT
+        if gate is not None:
+            z = z * (2 * torch.sigmoid(x.to(gate.dtype) @ gate.mT))
         results.append(base + (z @ a.mT * scaling).to(base.dtype))
     return results
 

@@ -6,6 +6,8 @@ gradient: products of long and thin matrices by the library, what touches the st
 
 Decoding (one token a row, each with a state of its own): `shrink` makes z in one launch, with the weights as they are
 (no concatenated copy, no cast), split over the input features, and `expand_decode` does the rest in another.
+
+A gate, 2 sigmoid(G x) * S B x for one projection, is one more column of z: G stands behind B.
 """
 
 from __future__ import annotations
@@ -66,9 +68,10 @@ def expand_kernel(
     z_ptr, state_ptr,                          # [B T, P, R], [B, R, R] float32
     a0, a1, a2, base0, base1, base2, out0, out1, out2,  # A_p [O_p, R]; [B T, O_p]
     T, O0, O1, O2, scaling,
-    P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, GATED: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BM tokens of one row and BO outputs of one projection."""
+    """Tiles of BM tokens of one row and BO outputs of one projection. P: columns of z, of which the last may be G x."""
     block, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     blocks0, blocks1 = tl.cdiv(O0, BO), tl.cdiv(O1, BO)
     if block < blocks0:
@@ -88,6 +91,8 @@ def expand_kernel(
     square_mask = (r < R)[:, None] & (r < R)[None, :]
     state = tl.load(state_ptr + row * R * R + r[None, :] * R + r[:, None], mask=square_mask, other=0.0)  # S^T
     u = tl.dot(z, state, input_precision=PRECISION)
+    if GATED:
+        u *= 2 * tl.sigmoid(tl.load(z_ptr + z_at + R, mask=(t < T)[:, None] & (r < R)[None, :], other=0.0))
     a = tl.load(a_ptr + o[None, :] * R + r[:, None], mask=(o < width)[None, :] & (r < R)[:, None], other=0.0)
     update = tl.dot(u, a.to(tl.float32), input_precision=PRECISION) * scaling
     tl.store(out_ptr + at, (base.to(tl.float32) + update).to(out_ptr.dtype.element_ty), mask=mask)
@@ -98,7 +103,8 @@ def expand_decode_kernel(
     z_ptr, state_ptr,                          # [splits, P, B, R], [B, R, R] float32
     a0, a1, a2, base0, base1, base2, out0, out1, out2,  # A_p [O_p, R]; [B, O_p]
     B, O0, O1, O2, scaling,
-    P: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    P: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BO: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
     """One token a row: BO outputs of one projection for ROWS rows, as matrix-vector products."""
     block = tl.program_id(0)
@@ -126,6 +132,11 @@ def expand_decode_kernel(
         state_at = row * R * R + r[None, :] * R + r[:, None]
         state = tl.load(state_ptr + state_at, mask=(r < rank)[:, None] & (r < rank)[None, :], other=0.0)
         u = tl.sum(state * z[:, None], 0)
+        if GATED:
+            g = tl.zeros([BR], tl.float32)
+            for split in range(SPLITS):
+                g += tl.load(z_ptr + ((split * P + p + 1) * B + row) * R + r, mask=r < rank, other=0.0)
+            u *= 2 * tl.sigmoid(g)
         update = tl.sum(a * u[None, :], 1) * scaling
         tl.store(out_ptr + at, (base.to(tl.float32) + update).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -134,9 +145,10 @@ def expand_decode_kernel(
 def state_backward_kernel(
     z_ptr, u_grad_ptr, state_ptr,    # float32: [B T, P, R], B x; [P, B T, R], dy A; [B, R, R]
     z_grad_ptr, u_ptr,               # [B T, P, R]: scaling du S; [P, B T, R]: scaling S z, which dA is made of
+    # With a gate f = 2 sigmoid(g), g the last of P columns of z and z_grad: du f for du, f S z for S z.
     state_grad_ptr,                  # [B, blocks, P, R, R] float32: scaling du^T z of each tile
     T, M, scaling,
-    P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, GATED: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, p, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     t, r = block * BM + tl.arange(0, BM), tl.arange(0, BR)
@@ -149,18 +161,25 @@ def state_backward_kernel(
         k = k0 + tl.arange(0, 16)
         slice_mask, state_mask = mask & (k < R)[None, :], (k < R)[:, None] & (r < R)[None, :]
         u_grad = tl.load(u_grad_ptr + u_base + k[None, :], mask=slice_mask, other=0.0)
+        if GATED:
+            u_grad *= 2 * tl.sigmoid(tl.load(z_ptr + z_base + R + k[None, :], mask=slice_mask, other=0.0))
         state = tl.load(state_ptr + row * R * R + k[:, None] * R + r[None, :], mask=state_mask, other=0.0)
         z_grad = tl.dot(u_grad, state, z_grad, input_precision=PRECISION)
         z = tl.load(z_ptr + z_base + k[None, :], mask=slice_mask, other=0.0)
         state = tl.load(state_ptr + row * R * R + r[None, :] * R + k[:, None], mask=state_mask, other=0.0)
         u = tl.dot(z, state, u, input_precision=PRECISION)
     mask = mask & (r < R)[None, :]
+    u_grad = tl.load(u_grad_ptr + u_base + r[None, :], mask=mask, other=0.0)
+    if GATED:
+        gate = 2 * tl.sigmoid(tl.load(z_ptr + z_base + R + r[None, :], mask=mask, other=0.0))
+        gate_grad = u_grad * u * gate * (1 - gate / 2) * scaling
+        tl.store(z_grad_ptr + z_base + R + r[None, :], gate_grad.to(z_grad_ptr.dtype.element_ty), mask=mask)
+        u, u_grad = u * gate, u_grad * gate
     tl.store(z_grad_ptr + z_base + r[None, :], (z_grad * scaling).to(z_grad_ptr.dtype.element_ty), mask=mask)
     tl.store(u_ptr + u_base + r[None, :], (u * scaling).to(u_ptr.dtype.element_ty), mask=mask)
     z = tl.load(z_ptr + z_base + r[None, :], mask=mask, other=0.0)
-    u_grad = tl.load(u_grad_ptr + u_base + r[None, :], mask=mask, other=0.0)
     state_grad = tl.dot(tl.trans(u_grad), z, input_precision=PRECISION) * scaling
-    part = ((row * tl.num_programs(2) + block) * P + p) * R * R
+    part = ((row * tl.num_programs(2) + block) * tl.num_programs(1) + p) * R * R
     tl.store(state_grad_ptr + part + square, state_grad, mask=square_mask)
 
 
@@ -221,9 +240,12 @@ def low_rank(
     B: list[torch.Tensor],
     scaling: float,
 ) -> list[torch.Tensor]:
-    """As `reference.low_rank_update`, for up to three projections; what the gradient needs is the last result."""
+    """As `reference.low_rank_update`, for up to three projections; what the gradient needs is the last result.
+
+    `B` has one matrix more than `A` if there is a gate.
+    """
     num_rows, num_tokens, _ = x.shape
-    r, num_projections = state.shape[-1], len(A)
+    r, num_columns, gated = state.shape[-1], len(B), len(B) > len(A)
     state, A, B = state.contiguous(), [a.contiguous() for a in A], [b.contiguous() for b in B]
     bases = [base.contiguous() for base in bases]
     outputs = [torch.empty_like(base) for base in bases]
@@ -231,7 +253,7 @@ def low_rank(
     z = shrink(flat(x), B, r) if decoding else product(flat(x), torch.cat(B).to(x.dtype).mT)
     tensors = z, state, *three(A), *three(bases), *three(outputs)
     widths = three([a.shape[0] for a in A])
-    options = dict(P=num_projections, R=r, BR=tile(r), device=x.device, num_stages=1, **limits())
+    options = dict(P=num_columns, GATED=gated, R=r, BR=tile(r), device=x.device, num_stages=1, **limits())
     if decoding:
         blocks = sum(triton.cdiv(a.shape[0], DECODE_OUTPUTS) for a in A)
         rows = DECODE_ROWS if blocks * triton.cdiv(num_rows, DECODE_ROWS) >= TARGET_PROGRAMS else 1
@@ -270,13 +292,16 @@ def low_rank_backward(
     scaling: float,
     needs_input: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of x [B, T, in] (empty unless `needs_input`), the state, all B together [P r, in], and each A."""
+    """Gradients of x [B, T, in] (empty unless `needs_input`), the state, all B together [P r, in], and each A.
+
+    P: with the gate's, which is the last.
+    """
     num_rows, num_tokens, _ = x.shape
-    r, num_projections, dtype = state.shape[-1], len(A), x.dtype
+    r, num_projections, num_columns, dtype = state.shape[-1], len(A), len(B), x.dtype
     if num_tokens == 1:  # hardly any work: as exact as the forward
         z, dtype = z.sum(0).transpose(0, 1), torch.float32
     state, x2 = state.contiguous(), flat(x).to(dtype)
-    z = z.reshape(-1, num_projections, r).contiguous()
+    z = z.reshape(-1, num_columns, r).contiguous()
     weight, grads = torch.cat(B).to(dtype), [flat(grad).to(dtype) for grad in grads]
     u_grad = torch.stack([product(grad, a.to(dtype)) for grad, a in zip(grads, A)])
     z_grad, u = torch.empty_like(z, dtype=dtype), torch.empty_like(u_grad, dtype=dtype)
@@ -286,7 +311,8 @@ def low_rank_backward(
         state_backward_kernel,
         (num_rows, num_projections, num_blocks),
         *(z, u_grad, state, z_grad, u, state_grad, num_tokens, num_rows * num_tokens, scaling),
-        P=num_projections,
+        P=num_columns,
+        GATED=num_columns > num_projections,
         R=r,
         BM=BACKWARD_TOKENS,
         BR=tile(r),
@@ -314,9 +340,9 @@ def fake_low_rank(
     num_rows, num_tokens, width = x.shape
     r = state.shape[-1]
     if num_tokens == 1:
-        shape = num_splits(num_rows, width, len(A)), len(A), num_rows, r
+        shape = num_splits(num_rows, width, len(B)), len(B), num_rows, r
         return [*outputs, x.new_empty(shape, dtype=torch.float32)]
-    return [*outputs, x.new_empty(num_rows * num_tokens, len(A) * r, dtype=torch.float32)]
+    return [*outputs, x.new_empty(num_rows * num_tokens, len(B) * r, dtype=torch.float32)]
 
 
 def fake_low_rank_backward(
@@ -354,7 +380,7 @@ def backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
         grads, x, z, state, A, B, ctx.scaling, ctx.needs_input_grad[0]
     )
     x_grad = x_grad if ctx.needs_input_grad[0] else None
-    B_grads = [part.to(b.dtype) for part, b in zip(B_grad.chunk(size), B)]
+    B_grads = [part.to(b.dtype) for part, b in zip(B_grad.chunk(len(B)), B)]
     return x_grad, grads, state_grad, A_grads, B_grads, None
 
 
