@@ -154,6 +154,7 @@ class Notes(Task):
         batch_size=8,
         learning_rate=3e-3,
         distances=(0, 32, 64, 128, 256),
+        beyond=(),  # which would take longer than the training
         num_evaluated=64,
         base_steps=0,
         # Of the frozen base; adapters are float32. Evaluation takes half of the time that float32 takes on a CPU.
