@@ -22,7 +22,7 @@ from ..dispatch import launch, limits, precision, register, tile
 
 MAX_PROJECTIONS = 3
 # Tiles. A program of `expand_kernel` reads its part of A and a state once for all its tokens. Widths that are no
-# multiple of 16 are read element by element, and the addresses take the registers of a larger tile.
+# multiple of 16 are read element by element, and the addresses take the registers of a larger tile; so does a wide gate.
 TOKENS, OUTPUTS = 64, 128
 ODD_TOKENS, ODD_OUTPUTS = 32, 64
 BACKWARD_TOKENS = 32
@@ -268,7 +268,8 @@ def low_rank(
             **options,
         )
     else:
-        tokens, block = (TOKENS, OUTPUTS) if all(a.shape[0] % 16 == 0 for a in A) else (ODD_TOKENS, ODD_OUTPUTS)
+        has_room = all(a.shape[0] % 16 == 0 for a in A) and not (gated and r > 32)
+        tokens, block = (TOKENS, OUTPUTS) if has_room else (ODD_TOKENS, ODD_OUTPUTS)
         launch(
             expand_kernel,
             (sum(triton.cdiv(a.shape[0], block) for a in A), triton.cdiv(num_tokens, tokens), num_rows),
