@@ -11,6 +11,7 @@ ensure_peft_type()  # before the configuration, whose peft_type it is
 from .cache.cache import PTECache  # noqa: E402  (the enum member must exist first)
 from .config import PTEConfig  # noqa: E402
 from .encoder import ThoughtEncoder  # noqa: E402
+from .hooks.window import window  # noqa: E402
 from .layer import Linear, PTELayer  # noqa: E402
 from .model import PTEModel  # noqa: E402
 from .replay.heads import sequence_logprobs, sequence_loss  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "ThoughtEncoder",
     "sequence_logprobs",
     "sequence_loss",
+    "window",
 ]
 
 register(PTEConfig, PTEModel)

@@ -31,7 +31,12 @@ ROOMS = {
         *(["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]),
     ],
     "replay": [["layout", "heads", "__init__"], ["segments"], ["truncated"], ["replay"]],
-    "hooks": [["attachment", "border", "calls", "attention", "__init__"], ["decoder", "generation"], ["attach"]],
+    "hooks": [
+        ["window", "border", "calls", "attention", "__init__"],
+        ["attachment"],
+        ["decoder", "generation"],
+        ["attach"],
+    ],
     "trainers": [["checkpoints", "__init__"], ["grpo", "prompts"]],
 }
 
