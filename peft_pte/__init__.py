@@ -14,6 +14,7 @@ from .encoder import ThoughtEncoder  # noqa: E402
 from .hooks.window import window  # noqa: E402
 from .layer import Linear, PTELayer  # noqa: E402
 from .model import PTEModel  # noqa: E402
+from .replay.distillation import distillation_loss, sequence_divergence  # noqa: E402
 from .replay.heads import sequence_logprobs, sequence_loss  # noqa: E402
 
 __version__ = "0.1.0"
@@ -25,6 +26,8 @@ __all__ = [
     "PTELayer",
     "PTEModel",
     "ThoughtEncoder",
+    "distillation_loss",
+    "sequence_divergence",
     "sequence_logprobs",
     "sequence_loss",
     "window",

@@ -268,7 +268,8 @@ class PTEConfig(PeftConfig):
             ValueError: names the field, the value and what to do.
         """
         changed = copy.copy(self)
-        vars(changed).update(changes)
+        for name, value in changes.items():
+            setattr(changed, name, value)
         changed._validate()
 
     def _validate(self) -> None:

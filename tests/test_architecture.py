@@ -30,7 +30,7 @@ ROOMS = {
         *(["schedule", "slots", "flash"], ["rows"], ["layers"], ["cache"]),
         *(["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]),
     ],
-    "replay": [["layout", "heads", "__init__"], ["segments"], ["truncated"], ["replay"]],
+    "replay": [["layout", "heads", "__init__"], ["segments"], ["truncated", "distillation"], ["replay"]],
     "hooks": [
         ["window", "border", "calls", "attention", "__init__"],
         ["attachment"],
