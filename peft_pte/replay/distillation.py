@@ -21,7 +21,7 @@ from torch import nn
 from ..config import CachePolicy
 from . import segments
 from .heads import Results, Task, asked, at_tokens, check_model, logits_of, needed_columns, token_results, wants_hidden
-from .layout import Layout, checked_lengths
+from .layout import Layout, checked_lengths, gathered
 
 Divergence = Literal["forward", "reverse", "mixed"]
 
@@ -94,22 +94,23 @@ def teacher_states(
 ) -> torch.Tensor:
     """The last hidden states of the base model with its full cache, [B, T, D] in its dtype, without gradients.
 
-    One forward of the decoder with the adapter off and without a cache. Arguments as `sequence_divergence`.
+    One forward of the decoder with the adapter off, without a cache and without a mask: tokens move to the front of
+    their rows, where no token sees the padding behind it, and a mask of [T, T] would be larger than all else. Arguments
+    as `sequence_divergence`; on padding the result means nothing.
     """
-    positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    order = None
+    if attention_mask is not None and not bool(attention_mask.all()):
+        valid = attention_mask.to(input_ids.device).bool()
+        order = (~valid).long().argsort(dim=1, stable=True)
+        input_ids = input_ids.gather(1, order)
     token = wants_hidden.set(True)
     try:
         with torch.no_grad(), adapter_off(model):
-            output = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                use_cache=False,
-                return_dict=True,
-            )
+            output = model(input_ids=input_ids, use_cache=False, return_dict=True)
     finally:
         wants_hidden.reset(token)
-    return output.hidden_states[0]
+    hidden_states = output.hidden_states[0]
+    return hidden_states if order is None else gathered(hidden_states, order.argsort(dim=1))
 
 
 def refuse_trained_head(top: nn.Module) -> None:

@@ -210,18 +210,23 @@ def next_tokens(valid: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(tokens.flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=length)
 
 
-def at_tokens(result: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Results [B, T] move from the token before theirs to their own; zero where there is none. `valid` [B, T]."""
+def at_tokens(result: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Results [B, T] move from the token before theirs to their own; zero where there is none.
+
+    `valid` [B, T], None: all are tokens, so that nothing has to be kept for the backward pass.
+    """
+    if valid is None:
+        return torch.nn.functional.pad(result[:, :-1], (1, 0))
     tokens = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1)
     before = torch.nn.functional.pad(tokens.cummax(1).values[:, :-1], (1, 0), value=-1)
     return result.gather(1, before.clamp(min=0)).masked_fill(~valid | (before < 0), 0)
 
 
-def as_output(hidden_states: torch.Tensor, results: Results, valid: torch.Tensor) -> BaseModelOutputWithPast:
+def as_output(hidden_states: torch.Tensor, results: Results, valid: torch.Tensor | None) -> BaseModelOutputWithPast:
     """A decoder output that carries the results through the top model, whose own head then sees one column only.
 
     Through the output and not beside it, so that FSDP and DDP see what the loss depends on. Results stand at their own
-    tokens here. `valid` [B, T]: where there is a token.
+    tokens here. `valid` [B, T]: where there is a token, None: everywhere.
     """
     first, second = (at_tokens(result, valid) for result in results)
     return DecoderOutput(last_hidden_state=hidden_states[:, :1], hidden_states=(first, second))

@@ -269,7 +269,8 @@ def replay(
     if scoring is not None:
         parts = zip(*(output.hidden_states for output in outputs))
         first, second = (layout.restore(torch.cat(part, dim=1)) for part in parts)
-        return as_output(outputs[0].last_hidden_state, (first, second), valid)
+        is_whole = run.mask is None and layout.source is None and layout.valid.shape == valid.shape
+        return as_output(outputs[0].last_hidden_state, (first, second), None if is_whole else valid)
     return join_outputs(outputs, layout.restore)
 
 
