@@ -37,7 +37,7 @@ ROOMS = {
         ["decoder", "generation"],
         ["attach"],
     ],
-    "trainers": [["checkpoints", "__init__"], ["grpo", "prompts"]],
+    "trainers": [["checkpoints", "rows", "__init__"], ["grpo", "prompts", "distillation"]],
 }
 
 

@@ -209,7 +209,7 @@ def test_memory_does_not_grow_with_the_sequence() -> None:
     """With truncated gradients: what autograd saves, and the most that is alive in the backward pass. What grows is a
     hidden state of the teacher for each token, in host memory."""
     found = {}
-    for length in (256, 1024):
+    for length in (192, 768):
         base = tiny_model("llama", torch.float32, vocab_size=997)
         model = with_adapter(base, window_size=64, eviction_ratio=0.5, gradient="truncated").train()
         ids = torch.randint(3, 997, (1, length))
@@ -228,9 +228,9 @@ def test_memory_does_not_grow_with_the_sequence() -> None:
         found[length] = sum(saved.values()), alive.peak["device"], kept, host
     (short_saved, short_peak, short_kept, short_host), (saved_bytes, peak, kept, host) = found.values()
     assert short_saved > 10_000 and saved_bytes <= 1.05 * short_saved
-    assert short_peak > 1_000_000 and peak <= 1.05 * short_peak
-    assert (kept - short_kept) / 768 <= 16  # bytes a token, of the results and the tokens themselves
-    assert (host - short_host) / 768 == 32 * 4
+    assert short_peak > 500_000 and peak <= 1.05 * short_peak
+    assert (kept - short_kept) / 576 <= 16  # bytes a token, of the results and the tokens themselves
+    assert (host - short_host) / 576 == 32 * 4
 
 
 def test_tokens_that_are_impossible() -> None:

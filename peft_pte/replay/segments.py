@@ -214,11 +214,22 @@ class Watch:
     state_norms: torch.Tensor | None = None  # [layers, B], Frobenius norm of the states that the last segment used
 
     def note_states(self, layers: list[SegmentLayer]) -> None:
-        norms = [torch.linalg.matrix_norm(s).detach().float().cpu() for layer in layers for s in layer.states.values()]
+        norms = [torch.linalg.matrix_norm(s.detach()).float().cpu() for layer in layers for s in layer.states.values()]
         self.state_norms = torch.stack(norms) if norms else None
 
 
 current_watch: ContextVar[Watch | None] = ContextVar("pte_watch", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Watch]:
+    """Note what replays do inside; the latest one counts."""
+    watch = Watch()
+    token = current_watch.set(watch)
+    try:
+        yield watch
+    finally:
+        current_watch.reset(token)
 
 
 class Result(NamedTuple):
