@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import LiveBytes
 from models import RELATIVES, tiny_model, with_adapter
-from test_distributed import LONG, MICRO_BATCHES, ONE_EVICTS, SHORT, expected, run
+from test_distributed import LONG, ONE_EVICTS, SHORT, expected, run
 from test_heads import LargestTensor
 from test_policy import Case, cases, left_padded, right_padded
 from test_training import assert_same, gradients
@@ -56,7 +56,7 @@ def columns_of_prompts(case: Case, left: bool) -> torch.Tensor:
     return torch.tensor([max(case.prompts)] * len(case.rows) if left else case.prompts)
 
 
-@settings(max_examples=20)
+@settings(max_examples=14)
 @given(
     case=cases(),
     left=st.booleans(),
@@ -122,7 +122,7 @@ def test_truncated_gradients_equal_detaching_by_hand(kind: Divergence) -> None:
     assert_same(gradients(model, by_hand), truncated)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(case=cases(), left=st.booleans(), way=st.sampled_from(["truncated", "offload"]), size=st.integers(1, 6))
 def test_truncated_and_offloaded_equal_ordinary_autograd(case: Case, left: bool, way: str, size: int) -> None:
     """With dropout; the teacher waits in host memory. Under a window of its own, left before the backward pass."""
@@ -197,12 +197,12 @@ def test_adapters_are_switched_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_logits_of_a_whole_sequence() -> None:
     """Of neither side, neither forward nor backward."""
-    length, vocab = 800, 4001
+    length, vocab = 400, 2001
     model = with_adapter(tiny_model("llama", torch.float32, vocab_size=vocab), window_size=64).train()
     ids = torch.randint(3, vocab, (1, length))
-    with patch("peft_pte.replay.heads.CHUNK_TOKENS", 100), LargestTensor() as largest:
+    with patch("peft_pte.replay.heads.CHUNK_TOKENS", 50), LargestTensor() as largest:
         distillation_loss(model, ids, prompt_lengths=5, divergence="mixed", only_after_eviction=False).backward()
-    assert 0 < largest.numel <= 100 * vocab < length * vocab / 4
+    assert 0 < largest.numel <= 50 * vocab < length * vocab / 4
 
 
 def test_memory_does_not_grow_with_the_sequence() -> None:
@@ -272,10 +272,8 @@ def test_bad_input() -> None:
 def test_two_processes_have_the_gradients_of_one(strategy: str, tmp_path: Any) -> None:
     """Whatever the ranks' numbers of segments and of compared tokens."""
     steps = [
-        Step([[LONG], [SHORT]], "distillation", False, dict(gradient="full")),
         Step([[LONG], [SHORT]], "distillation", False, dict(gradient="truncated")),
         Step(ONE_EVICTS, "distillation", True, dict(num_global_tokens=0)),
-        Step(MICRO_BATCHES, "distillation", True, dict(gradient="truncated")),
     ]
     for step, ranks in zip(steps, run(strategy, steps, tmp_path)):
         whole = expected(step)

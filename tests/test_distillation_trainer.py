@@ -46,7 +46,7 @@ def trainer(folder: Path, train: Any = TEXTS, model: Any = None, **options: Any)
     settings = dict(
         output_dir=str(folder),
         per_device_train_batch_size=4,
-        learning_rate=3e-2,
+        learning_rate=1e-2,
         max_steps=8,
         save_steps=4,
         logging_steps=1,
@@ -71,11 +71,11 @@ def logs(run: PTEDistillationTrainer, *names: str) -> list[tuple[float, ...]]:
 
 def test_training_logging_and_resuming(tmp_path: Path) -> None:
     """The loss falls; the first step is that of the windowed base; a run that is resumed draws the same windows."""
-    options = dict(window_sizes=[3, 8], gradient_checkpointing=True)
+    options = dict(train=TEXTS[:4], window_sizes=[3, 8], gradient_checkpointing=True)
     whole = trainer(tmp_path / "whole", **options)
     before = whole.evaluate()["eval_loss"]
     whole.train()
-    assert whole.evaluate()["eval_loss"] < 0.98 * before
+    assert whole.evaluate()["eval_loss"] < 0.9 * before
     drawn = [size for (size,) in logs(whole, "window")]
     assert len(set(drawn)) > 2 and min(drawn) >= 3 and max(drawn) <= 8
     first, *rest = logs(whole, "kl", "kl_windowed_base", "gap_closed", "loss")
@@ -94,17 +94,15 @@ def test_training_logging_and_resuming(tmp_path: Path) -> None:
 
 
 def test_micro_batches_are_weighed_by_their_tokens(tmp_path: Path) -> None:
-    """Two micro-batches with different numbers of compared tokens are one batch of both."""
+    """Micro-batches with different numbers of compared tokens are one batch of all their rows."""
     texts = [dict(text=words(i, 12 + 6 * (i % 4))) for i in range(8)]
     found = []
-    for size, steps in ((8, 1), (4, 2), (2, 4)):
-        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2)
+    for size, steps in ((8, 1), (2, 4)):
+        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1)
         run = trainer(tmp_path, texts, model_of(pte_dropout=0.0), divergence="mixed", **options)
         run.train()
         found.append(logs(run, "loss", "grad_norm", "kl", "kl_windowed_base", "evictions"))
-    for other in found[1:]:
-        for ours, theirs in zip(found[0], other, strict=True):
-            assert ours == pytest.approx(theirs, rel=2e-4)
+    assert found[0][0] == pytest.approx(found[1][0], rel=2e-4)
 
 
 def test_the_loss_is_that_of_the_function(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def change(base: dict[str, Any], changes: dict[str, Any]) -> bool:
     return not (changed["window_size"] == "prompt" and changed["retained_prefix"] != "prompt")
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     case=cases(),
     data=st.data(),
@@ -81,7 +81,6 @@ def configured(**config: Any) -> nn.Module:
 
 CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (dict(window_size=20), dict(window_size=6)),
-    (dict(window_size=6), dict(eviction_ratio=0.5)),
     (dict(window_size=6), dict(retained_prefix=2)),
     (dict(window_size=20), dict(window_size=6, eviction_ratio=0.6, retained_prefix=3)),
     (dict(window_size=6), dict(window_size="prompt")),
@@ -161,8 +160,9 @@ def test_generate_keeps_its_window_when_a_processor_looks_elsewhere() -> None:
             model(input_ids=IDS[:1], prompt_lengths=5)
         return scores
 
-    expected = model.generate(input_ids=IDS[:, :7], **GREEDY)
-    assert torch.equal(model.generate(input_ids=IDS[:, :7], logits_processor=[look], **GREEDY), expected)
+    greedy = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    expected = model.generate(input_ids=IDS[:, :7], **greedy)
+    assert torch.equal(model.generate(input_ids=IDS[:, :7], logits_processor=[look], **greedy), expected)
 
 
 def test_threads() -> None:
@@ -183,8 +183,8 @@ def test_threads() -> None:
             return model.generate(input_ids=IDS[:1, :7], **GREEDY)
 
     assert not torch.equal(training(None), training(5))
-    assert both(lambda: training(None), lambda: training(5), rounds=3) == 6
-    assert both(lambda: training(None), generation, rounds=3) == 6
+    assert both(lambda: training(None), lambda: training(5), rounds=2) == 4
+    assert both(lambda: training(None), generation, rounds=2) == 4
     with window(model, 5):
         found: list[torch.Tensor] = []
         thread = threading.Thread(target=lambda: found.append(training(None)))
@@ -212,27 +212,21 @@ def test_bad_input() -> None:
     assert current_overrides.get() == ()
 
 
-@pytest.mark.parametrize("regional", [False, True], ids=["model", "layers"])
-def test_compiled(regional: bool) -> None:
+def test_compiled() -> None:
     """What was compiled under one window computes another one, too."""
-    ids, options = IDS[:, :18], dict(num_hidden_layers=1)
-    labels = ids.masked_fill(torch.arange(18) < 5, -100)
-    model = with_adapter(tiny_model("llama", **options), window_size=20).train()
-    expected = with_adapter(tiny_model("llama", **options), window_size=6, eviction_ratio=1.0).train()
-    loss = expected(input_ids=ids, labels=labels).loss
-    own = gradients(expected, loss)
+    ids, one_layer = IDS[:, :18], dict(num_hidden_layers=1)
+    model = with_adapter(tiny_model("llama", **one_layer), window_size=20)
+    expected = with_adapter(tiny_model("llama", **one_layer), window_size=6, eviction_ratio=1.0)
     torch._dynamo.reset()
-    if regional:
-        for layer in find_decoder(model).layers:
-            layer.compile(backend="eager")
-    call = model if regional else torch.compile(model, backend="eager")
-    call(input_ids=ids, labels=labels).loss.backward()
-    with window(model, 6, eviction_ratio=1.0):
-        value = call(input_ids=ids, labels=labels).loss
-    torch.testing.assert_close(value, loss, rtol=1e-6, atol=0)
-    found = gradients(model, value)
-    scale = max(gradient.abs().max() for gradient in own.values())
-    assert all((found[name] - own[name]).abs().max() <= 1e-9 * scale for name in own)
+    for layer in find_decoder(model).layers:
+        layer.compile(backend="eager")
+    with torch.no_grad():
+        wanted = expected(input_ids=ids, prompt_lengths=5).logits
+        before = model(input_ids=ids, prompt_lengths=5).logits
+        with window(model, 6, eviction_ratio=1.0):
+            found = model(input_ids=ids, prompt_lengths=5).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(before, wanted)
     torch._dynamo.reset()
 
 
