@@ -87,6 +87,9 @@ def test_training_logging_and_resuming(tmp_path: Path) -> None:
     evaluation = [entry for entry in whole.state.log_history if "eval_loss" in entry][-1]
     assert evaluation["eval_kl"] < evaluation["eval_kl_windowed_base"] and evaluation["eval_window"] == 6
 
+    given = whole.evaluate(dict(few=TEXTS[:2]))["eval_few_loss"]
+    assert given == whole.evaluate(TEXTS[:2])["eval_loss"]
+
     resumed = trainer(tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert logs(resumed, "loss", "window")[-4:] == logs(whole, "loss", "window")[-4:]

@@ -137,7 +137,7 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
     Args:
         model: with a PTE adapter (`get_peft_model(base, PTEConfig(...))`).
         args: `PTEDistillationConfig`.
-        train_dataset, eval_dataset: rows, in anything that can be iterated.
+        train_dataset, eval_dataset: rows, in anything that can be iterated; for evaluations also several, by name.
         processing_class: the tokenizer.
         kwargs: as of `Trainer`.
 
@@ -164,9 +164,13 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of a whole step, see below
         self._sums: dict[bool, Sums] = {True: {}, False: {}}  # of training, of an evaluation
-        for name, rows in dict(train_dataset=train_dataset, eval_dataset=eval_dataset).items():
-            if rows is not None:
-                setattr(self, name, self.prepare_rows(rows))
+
+        def prepared(rows: Any) -> Any:
+            if isinstance(rows, dict):
+                return {name: self.prepare_rows(part) for name, part in rows.items()}
+            return None if rows is None else self.prepare_rows(rows)
+
+        self.train_dataset, self.eval_dataset = prepared(train_dataset), prepared(eval_dataset)
         self._refuse_short_rows()
 
     # ------------------------------------------------------------------------------------------------------------ rows
@@ -187,6 +191,14 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
         if len(kept) < len(encoded):
             logger.warning(f"{len(encoded) - len(kept)} of {len(encoded)} rows have no completion and are left out.")
         return kept
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the Trainer's, also for rows that `evaluate` is given."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            known = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            if not any(eval_dataset is rows for rows in known):
+                eval_dataset = self.prepare_rows(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def _complete(self, prompts: list[list[int]]) -> list[list[int]]:
         args = self.args
