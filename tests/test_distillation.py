@@ -11,7 +11,7 @@ from distributed_jobs import Case as Step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import LiveBytes
-from models import RELATIVES, tiny_model, with_adapter
+from models import RELATIVES, decode, tiny_model, with_adapter
 from test_distributed import LONG, ONE_EVICTS, SHORT, expected, run
 from test_heads import LargestTensor
 from test_policy import Case, cases, left_padded, right_padded
@@ -20,7 +20,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from peft_pte import PTECache, distillation_loss, sequence_divergence, window
+from peft_pte.cache.schedule import Schedule
 from peft_pte.replay.distillation import Divergence, kl_divergence, teacher_states
+from peft_pte.replay.segments import current_watch, watched
 
 IDS = torch.randint(3, 61, (2, 25), generator=torch.Generator().manual_seed(0))
 DIVERGENCES = get_args(Divergence)
@@ -193,6 +195,30 @@ def test_adapters_are_switched_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with model.disable_adapter(), torch.no_grad():
         sequence_divergence(model, IDS, prompt_lengths=5)
         assert all(module._disable_adapters for module in model.modules() if hasattr(module, "_disable_adapters"))
+
+
+@settings(max_examples=50)
+@given(size=st.integers(1, 9), ratio=st.sampled_from([0.1, 0.34, 0.5, 1.0]), length=st.integers(0, 40))
+def test_evictions_are_counted(size: int, ratio: float, length: int) -> None:
+    schedule = Schedule.create(size, ratio)
+    expected = sum(segment.evict for segment in schedule.segments(0, length))
+    assert int(schedule.num_evictions(torch.tensor(length))) == expected
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_states_and_evictions_are_watched(sharded: bool) -> None:
+    """They are those of decoding, by row, whether layers encode together or each on its own."""
+    model = with_adapter(tiny_model("llama"), window_size=6, eviction_ratio=0.5).train()
+    model.gradient_checkpointing_enable()
+    gathered = "peft_pte.replay.replay.has_gathered_encoders"
+    with patch(gathered, lambda decoder: sharded), watched() as watch:
+        loss = distillation_loss(model, IDS, prompt_lengths=[5, 14])
+    loss.backward()  # what is watched does not disturb a recomputation
+    assert current_watch.get() is None
+    for row, prompt in enumerate((5, 14)):
+        _, cache = decode(model, IDS[row : row + 1], None, [prompt, 25 - prompt])
+        assert int(watch.evictions[row]) == cache.num_evicted[0] // 3 > 1
+        torch.testing.assert_close(watch.state_norms[:, row], cache.state_norms()["default"][:, 0])
 
 
 def test_no_logits_of_a_whole_sequence() -> None:

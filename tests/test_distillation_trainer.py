@@ -132,6 +132,7 @@ def test_rows_of_all_kinds() -> None:
         (dict(prompt="w40 w41", completion="w42"), Row([40, 41], [42, 2])),
         (dict(prompt="w40 w41"), Row([40, 41], None)),
         (dict(prompt=[user], completion=[answer]), chat),
+        (dict(prompt=[user], completion=answer["content"]), chat),
         (dict(prompt=[user]), Row(chat.prompt, None)),
         (dict(messages=[user, answer]), chat),
         (dict(messages=[user, answer, user]), Row([7, 50, 51, 9, 8, 55, 56, 9, 7, 50, 51, 9, 8], None)),

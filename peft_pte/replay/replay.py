@@ -164,7 +164,11 @@ class Replay:
         run = run_checkpointed if checkpointed else run_segment
         past = [(layer.prefix, layer.cores) for layer in self.new_past()]
         head = None if self.scoring is None else self.scoring.of_nothing()
-        output = run(self.decoder, self.forward, head, past, None, None, 0, kwargs).output
+        token = current_watch.set(None)
+        try:
+            output = run(self.decoder, self.forward, head, past, None, None, 0, kwargs).output
+        finally:
+            current_watch.reset(token)
         return (output.last_hidden_state if head is None else output.hidden_states[0])[..., :0].sum()
 
 

@@ -211,11 +211,17 @@ class Watch:
     """What a forward notes of itself, for logs; noted in `current_watch` while it runs."""
 
     evictions: torch.Tensor | None = None  # [B], how often thoughts have left, by row
-    state_norms: torch.Tensor | None = None  # [layers, B], Frobenius norm of the states that the last segment used
+    state_norms: torch.Tensor | None = None  # [layers, B], Frobenius, of the states that a row's last tokens used
 
-    def note_states(self, layers: list[SegmentLayer]) -> None:
-        norms = [torch.linalg.matrix_norm(s.detach()).float().cpu() for layer in layers for s in layer.states.values()]
-        self.state_norms = torch.stack(norms) if norms else None
+    def note_states(self, layers: list[SegmentLayer], valid: torch.Tensor | None) -> None:
+        """`valid` [B, q]: where the segment has tokens, None: everywhere. Rows may have ended before."""
+        found = [torch.linalg.matrix_norm(s.detach()).float().cpu() for layer in layers for s in layer.states.values()]
+        if not found:
+            return
+        norms = torch.stack(found)
+        if valid is not None and self.state_norms is not None:
+            norms = torch.where(valid.any(-1).cpu(), norms, self.state_norms)
+        self.state_norms = norms
 
 
 current_watch: ContextVar[Watch | None] = ContextVar("pte_watch", default=None)
@@ -270,7 +276,8 @@ def run_segment(
         output = call_with_cache(decoder, forward, SegmentCache(layers=layers), use_cache=False, **kwargs)
     watch = current_watch.get()
     if watch is not None:
-        watch.note_states(layers)
+        mask, length = kwargs["attention_mask"], kwargs["position_ids"].shape[1]
+        watch.note_states(layers, None if mask is None else mask[:, -length:].bool())
     set_cache(output, None)  # else the outputs would keep every segment's past alive
     if head is not None:
         hidden_states = output.last_hidden_state

@@ -295,6 +295,10 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._sums[False].clear()  # of a prediction, which logs nothing
+        return super().evaluation_loop(*args, **kwargs)
+
     # ------------------------------------------------------------------------------------------------------------ logs
 
     def _logs_next(self) -> bool:

@@ -67,6 +67,8 @@ def row_of(row: Mapping[str, Any], tokenizer: Any, text_prompt_tokens: int) -> R
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return Row(tokenizer(prompt)["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"] + end)
     if prompt:
+        if isinstance(completion, str):
+            completion = [dict(role="assistant", content=completion)]
         return chat_row(prompt, completion or [], tokenizer)
     raise ValueError(f"A row has the columns {sorted(row)}, but must have {KINDS}.")
 
