@@ -11,8 +11,10 @@ ensure_peft_type()  # before the configuration, whose peft_type it is
 from .cache.cache import PTECache  # noqa: E402  (the enum member must exist first)
 from .config import PTEConfig  # noqa: E402
 from .encoder import ThoughtEncoder  # noqa: E402
+from .hooks.window import window  # noqa: E402
 from .layer import Linear, PTELayer  # noqa: E402
 from .model import PTEModel  # noqa: E402
+from .replay.distillation import distillation_loss, sequence_divergence  # noqa: E402
 from .replay.heads import sequence_logprobs, sequence_loss  # noqa: E402
 
 __version__ = "0.1.0"
@@ -24,8 +26,11 @@ __all__ = [
     "PTELayer",
     "PTEModel",
     "ThoughtEncoder",
+    "distillation_loss",
+    "sequence_divergence",
     "sequence_logprobs",
     "sequence_loss",
+    "window",
 ]
 
 register(PTEConfig, PTEModel)

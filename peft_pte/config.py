@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
@@ -274,6 +275,17 @@ class PTEConfig(PeftConfig):
             self.gradient,
             self.offload,
         )
+
+    def check(self, **changes: Any) -> None:
+        """Refuse values that this configuration could not have, with the error that it would be refused with.
+
+        Raises:
+            ValueError: names the field, the value and what to do.
+        """
+        changed = copy.copy(self)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        changed._validate()
 
     def _validate(self) -> None:
         def refuse(name: str, advice: str) -> None:

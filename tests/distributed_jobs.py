@@ -14,7 +14,7 @@ from processes import group
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from peft_pte import sequence_logprobs
+from peft_pte import distillation_loss, sequence_logprobs
 
 Rows = list[tuple[int, int]]  # tokens of the prompt and of the whole row, for each row
 
@@ -51,6 +51,9 @@ def loss_of(model: nn.Module, rows: Rows, case: Case) -> torch.Tensor:
     if case.loss == "labels":
         return model(**inputs, num_items_in_batch=total).loss
     del inputs["labels"]
+    if case.loss == "distillation":
+        starts = torch.tensor([start for start, _ in rows])
+        return distillation_loss(model, **inputs, prompt_lengths=starts, num_items_in_batch=total)
     logprobs, _ = sequence_logprobs(model, **inputs, prompt_lengths=torch.tensor([start for start, _ in rows]))
     return -logprobs.sum() / total
 

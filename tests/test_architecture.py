@@ -30,9 +30,14 @@ ROOMS = {
         *(["schedule", "slots", "flash"], ["rows"], ["layers"], ["cache"]),
         *(["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]),
     ],
-    "replay": [["layout", "heads", "__init__"], ["segments"], ["truncated"], ["replay"]],
-    "hooks": [["attachment", "border", "calls", "attention", "__init__"], ["decoder", "generation"], ["attach"]],
-    "trainers": [["checkpoints", "__init__"], ["grpo", "prompts"]],
+    "replay": [["layout", "heads", "__init__"], ["segments"], ["truncated", "distillation"], ["replay"]],
+    "hooks": [
+        ["window", "border", "calls", "attention", "__init__"],
+        ["attachment"],
+        ["decoder", "generation"],
+        ["attach"],
+    ],
+    "trainers": [["checkpoints", "rows", "__init__"], ["grpo", "prompts", "distillation"]],
 }
 
 

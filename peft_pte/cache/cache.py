@@ -109,8 +109,8 @@ class PTECache(DynamicCache):
         if (self.policy, self.adapters) != (policy, adapters):
             raise ValueError(
                 f"`past_key_values` was filled with adapter(s) {list(self.adapters)} active and the cache policy "
-                f"{self.policy}, but now {list(adapters)} with {policy} are. A cache cannot change hands: start a new "
-                "one."
+                f"{self.policy}, but now {list(adapters)} with {policy} are. A cache cannot change hands, and keeps "
+                "its window: start a new one."
             )
         if len(self.evicted) != batch_size:
             raise ValueError(

@@ -54,6 +54,10 @@ class Schedule:
         """How many tokens can be stored before the next eviction."""
         return self.window - num_thoughts
 
+    def num_evictions(self, num_thoughts: torch.Tensor) -> torch.Tensor:
+        """How often thoughts leave while so many are stored one after the other, [B] -> [B]."""
+        return (num_thoughts - self.window + self.num_evicted - 1).clamp(min=0) // self.num_evicted
+
     def segments(self, prefix: int, length: int, longest: int | None = None) -> Iterator[Segment]:
         """Split `length` columns, of which the first `prefix` are kept for ever, at the evictions.
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ..cache.graph import Steps
-from ..compiling import decides
+from ..compiling import decides, uncompiled
 from ..config import CachePolicy, PTEConfig
 from ..encoder import ThoughtEncoder
+from .window import in_effect
 
 # What an encoder's `live_adapters` depends on.
 SWITCHES = operator.attrgetter("_disable_adapters", "_active_adapter", "pte_rule")
@@ -72,21 +73,31 @@ class Attachment:
         """The module with the layers."""
         return self._decoder()
 
+    @uncompiled
     def active(self) -> tuple[CachePolicy | None, tuple[str, ...]]:
-        """The cache policy of the live adapters, None if PTE is off, and their names.
+        """The cache policy of the live adapters, in this context (window.py), None if PTE is off, and their names.
 
         Raises:
             ValueError: adapters with different policies are active together.
         """
         names = self._live_names()
-        policies = {name: self.configs[name].cache_policy for name in names}
+        return self._policy_of(names), names
+
+    @uncompiled
+    def resting_policy(self) -> CachePolicy | None:
+        """The same of the adapters that would be live if they were not switched off. Raises: as `active`."""
+        found = [name for encoder in self.encoders for name in encoder.active_adapters if encoder.has_adapter(name)]
+        return self._policy_of(tuple(dict.fromkeys(found)))
+
+    def _policy_of(self, names: tuple[str, ...]) -> CachePolicy | None:
+        policies = {name: in_effect(self, self.configs[name].cache_policy) for name in names}
         if len(set(policies.values())) > 1:
             raise ValueError(
                 f"The active adapters want different caches, but there is one for all of them: {policies}. Activate "
                 "one at a time with `set_adapter`, or give them the same window_size, eviction_ratio, retained_prefix, "
                 "gradient and offload."
             )
-        return (policies[names[0]] if names else None), names
+        return policies[names[0]] if names else None
 
     def _live_names(self) -> tuple[str, ...]:
         """The live adapters of all encoders; found anew only when what they depend on has changed.

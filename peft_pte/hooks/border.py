@@ -22,6 +22,7 @@ from torch import nn
 from ..compiling import uncompiled
 from ..host import cache_in, rename_cache
 from ..replay.heads import current_head, first_labels
+from ..replay.layout import checked_lengths
 
 
 class Generation(NamedTuple):
@@ -175,20 +176,6 @@ def border_of(
     if isinstance(logits_to_keep, int) and logits_to_keep > 1:
         return torch.full((batch_size,), max(0, length - (logits_to_keep - 1)), device=x.device)
     return border_of_batch(x)
-
-
-def checked_lengths(prompt_lengths: Any, batch_size: int, most: int | None, device: torch.device) -> torch.Tensor:
-    """`prompt_lengths` as a tensor [B]; with a cache they are counted from the first column that it has seen."""
-    border = torch.as_tensor(prompt_lengths, device=device)
-    border = border.expand(batch_size) if border.ndim == 0 else border
-    fits = border.shape == (batch_size,) and not border.is_floating_point()
-    if not fits or not bool(((border >= 0) & (border <= (border if most is None else most))).all()):
-        wanted = "one integer >= 0" if most is None else f"one integer in [0, {most}]"
-        raise ValueError(
-            f"`prompt_lengths` must hold {wanted} for each of the {batch_size} rows (the column at which the "
-            f"completion begins, padding counted), got {prompt_lengths!r}."
-        )
-    return border.long()
 
 
 def warn_of_labels(labels: torch.Tensor, border: torch.Tensor, mask: torch.Tensor | None) -> None:

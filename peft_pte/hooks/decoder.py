@@ -19,16 +19,7 @@ from ..cache.graph import ready_step, replayed_step
 from ..compiling import decides, uncompiled
 from ..config import CachePolicy
 from ..host import DecoderOutput, cache_in, call_with_cache, set_cache, take_cache
-from ..replay.heads import (
-    Head,
-    as_output,
-    current_head,
-    current_hidden,
-    needed_columns,
-    next_tokens,
-    num_chunks,
-    token_logprobs,
-)
+from ..replay.heads import TaskOf, as_hidden, as_output, current_head, current_hidden, num_chunks, wants_hidden
 from ..replay.replay import agreed_maximum, join_outputs, replay
 from ..replay.segments import embedded_rows, layer_checkpointing_off
 from .border import current_border, current_generation, named_arguments, prompt_length_of, warn_caller
@@ -45,9 +36,11 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     policy, adapters = attachment.active()
     noted, wanted = current_border.get(), current_head.get()
     border = noted[1] if noted is not None and noted[0] is decoder else None
-    head = None if wanted is None else functools.partial(token_logprobs, attachment.top, wanted.temperature)
+    task_of = None if wanted is None else functools.partial(wanted.task, attachment.top)
+    if policy is None and wanted is not None and wanted.bounds_base:
+        policy = attachment.resting_policy()
     if policy is None:
-        return base_forward(decoder, original, border, head, kwargs)
+        return base_forward(decoder, original, border, task_of, kwargs)
     refuse_arguments(kwargs)
     inputs = take_inputs(kwargs)
     (x,) = inputs.values()
@@ -65,7 +58,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         use_cache=use_cache,
         default_use_cache=decoder.config.use_cache,
         trains=attachment.trains(),
-        wants_logprobs=head is not None,
+        wants_logprobs=task_of is not None,
     )
     call = decide(policy, facts)
     if call.warning is not None:
@@ -93,7 +86,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
         if position_ids is not None:
             refuse_packing(positions, mask)
         trained = [p for p in attachment.top.parameters() if p.requires_grad]
-        output = replay(decoder, original, policy, border, head, inputs, mask, positions, trained, **kwargs)
+        output = replay(decoder, original, policy, border, task_of, inputs, mask, positions, trained, **kwargs)
     return output if return_dict is not False else output.to_tuple()
 
 
@@ -116,7 +109,7 @@ def base_forward(
     decoder: nn.Module,
     original: Callable[..., Any],
     border: torch.Tensor | None,
-    head: Head | None,
+    task_of: TaskOf | None,
     kwargs: dict[str, Any],
 ) -> Any:
     """The decoder's own forward, with the adapter off: the base model with its full cache."""
@@ -127,15 +120,17 @@ def base_forward(
             "bounded cache: start a new one."
         )
     output = original(**kwargs)
-    if head is None:
+    if wants_hidden.get():
+        return as_hidden(output.last_hidden_state)
+    if task_of is None:
         return output
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     valid = torch.ones_like(ids).bool() if mask is None else mask.to(ids.device).bool()
-    needed, targets = needed_columns(valid, border), ids.gather(1, next_tokens(valid).clamp(max=ids.shape[1] - 1))
+    task = task_of(ids, valid, border)
     most = agreed_maximum(decoder, [num_chunks(*ids.shape)], ids.device)
-    if most is not None:
-        head = functools.partial(head, least_chunks=most[0])
-    return as_output(output.last_hidden_state, *head(output.last_hidden_state, targets, needed), valid)
+    least = 0 if most is None else most[0]
+    results = task.head(output.last_hidden_state, task.targets, task.needed, least_chunks=least)
+    return as_output(output.last_hidden_state, results, valid)
 
 
 @uncompiled

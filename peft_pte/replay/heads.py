@@ -1,4 +1,7 @@
-"""Per-token log-probabilities and entropy of the policy, without ever holding logits of a whole sequence."""
+"""What is asked of a forward instead of logits, token by token, without ever holding logits of a whole sequence.
+
+Here: log-probabilities and entropy of the policy. Divergences from the base model: distillation.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -22,16 +25,68 @@ from ..host import DecoderOutput
 CHUNK_TOKENS = 1024
 
 
-@dataclass(frozen=True)
-class LogProbHead:
+Results = tuple[torch.Tensor, torch.Tensor]  # each [B, q]; the first one carries a gradient
+# The results of a chunk, from hidden states [B, q, D] and what they are compared with, [B, q, ...].
+ChunkFunction = Callable[[torch.Tensor, torch.Tensor], Results]
+
+
+class Head(Protocol):
+    """`token_results` of one function of chunks."""
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        needed: torch.Tensor,
+        span: tuple[int, int] | None = None,
+        least_chunks: int = 0,
+    ) -> Results: ...
+
+
+class Task(NamedTuple):
+    """A head, what it compares with [B, T, ...] and where it is to give a result [B, T], in the caller's columns.
+
+    Both stand at the token before the one whose result it is.
+    """
+
+    head: Head
+    targets: torch.Tensor
+    needed: torch.Tensor
+
+
+# (tokens [B, T], validity [B, T], border [B] or None) -> what one model is asked for.
+TaskOf = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], Task]
+
+
+class Request(Protocol):
     """What a forward is asked for instead of logits; noted in `current_head` while the model runs."""
 
+    @property
+    def bounds_base(self) -> bool:
+        """Whether it is asked of the base model under the adapter's window, where the adapter is off."""
+
+    def task(self, top: nn.Module, ids: torch.Tensor, valid: torch.Tensor, border: torch.Tensor | None) -> Task:
+        """As `TaskOf`, of the model `top`."""
+
+
+@dataclass(frozen=True)
+class LogProbHead:
+    """Log-probabilities of all thoughts, and entropies."""
+
     temperature: float
+    bounds_base: ClassVar[bool] = False
+
+    def task(self, top: nn.Module, ids: torch.Tensor, valid: torch.Tensor, border: torch.Tensor | None) -> Task:
+        function = functools.partial(chunk_logprobs, top, self.temperature)
+        targets = ids.gather(1, next_tokens(valid).clamp(max=ids.shape[1] - 1))
+        return Task(functools.partial(token_results, function), targets, needed_columns(valid, border))
 
 
-current_head: ContextVar[LogProbHead | None] = ContextVar("pte_head", default=None)
+current_head: ContextVar[Request | None] = ContextVar("pte_head", default=None)
 # Hidden states that the decoder hands back at once, so that the model's own code makes the logits of a chunk.
 current_hidden: ContextVar[torch.Tensor | None] = ContextVar("pte_hidden", default=None)
+# Whether the base model is asked for its last hidden states themselves.
+wants_hidden: ContextVar[bool] = ContextVar("pte_wants_hidden", default=False)
 
 
 def logits_of(top: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -56,7 +111,7 @@ def chunk_logprobs(
 
 
 def num_chunks(batch_size: int, length: int) -> int:
-    """How many chunks `token_logprobs` makes of so many columns at most."""
+    """How many chunks `token_results` makes of so many columns at most."""
     return math.ceil(length / chunk_size(batch_size))
 
 
@@ -70,29 +125,28 @@ def span_of(columns: list[bool]) -> tuple[int, int]:
     return (wanted[0], wanted[-1] + 1) if wanted else (0, 0)
 
 
-def token_logprobs(
-    top: nn.Module,
-    temperature: float,
+def token_results(
+    function: ChunkFunction,
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
     needed: torch.Tensor,
     span: tuple[int, int] | None = None,
     least_chunks: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `chunk_logprobs` for any number of tokens, chunk by chunk, recomputed in the backward pass.
+) -> Results:
+    """The results of `function` for any number of tokens, chunk by chunk, recomputed in the backward pass.
 
-    `needed` [B, q]: columns that no row needs are left out at both ends; the result is zero where it is False. `span`:
-    the `span_of` that, if the host knows it, which else has to wait for the device. `least_chunks`: the head is called
-    at least so often, if need be for nothing.
+    `targets` may wait in host memory. `needed` [B, q]: columns that no row needs are left out at both ends; results are
+    zero where it is False. `span`: the `span_of` that, if the host knows it, which else has to wait for the device.
+    `least_chunks`: the function is called at least so often, if need be for nothing.
     """
     first, last = span_of(needed.any(0).tolist()) if span is None else span
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
 
-    def run(chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments = top, temperature, hidden_states[:, chunk], targets[:, chunk]
+    def run(chunk: slice) -> Results:
+        arguments = hidden_states[:, chunk], targets[:, chunk].to(hidden_states.device, non_blocking=True)
         if torch.is_grad_enabled():
-            return checkpoint(chunk_logprobs, *arguments, use_reentrant=False)
-        return chunk_logprobs(*arguments)
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
 
     size = chunk_size(needed.shape[0])
     parts = [run(slice(start, min(last, start + size))) for start in range(first, last, size)]
@@ -102,27 +156,14 @@ def token_logprobs(
         # In the graph, so that every process has a backward pass.
         return zeros + sum(spare, hidden_states[..., :0].sum()), zeros
     margin = (first, needed.shape[1] - last)
-    logprobs, entropy = (
+    differentiable, other = (
         torch.nn.functional.pad(torch.cat(part, dim=1), margin).masked_fill(~needed, 0) for part in zip(*parts)
     )
-    return sum(spare, logprobs), entropy
-
-
-class Head(Protocol):
-    """`token_logprobs` of one model, at one temperature."""
-
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        targets: torch.Tensor,
-        needed: torch.Tensor,
-        span: tuple[int, int] | None = None,
-        least_chunks: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    return sum(spare, differentiable), other
 
 
 # The same for one segment, whose targets are known.
-SegmentHead = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+SegmentHead = Callable[[torch.Tensor], Results]
 
 
 @dataclass
@@ -130,16 +171,19 @@ class Scoring:
     """What the head is asked for, in the layout's columns."""
 
     head: Head
-    ids: torch.Tensor  # [B, T']
+    targets: torch.Tensor  # [B, T', ...]
     needed: torch.Tensor  # [B, T'], where it is to give a result
     needed_by_any: list[bool]  # [T'], the columns in which it is for any row; on the host, so that no segment waits
 
     def of_segment(self, start: int, end: int) -> SegmentHead:
-        targets = self.ids[:, start + 1 : end + 1]
-        if end - start > targets.shape[1]:  # the last column, which needs no result
-            targets = torch.nn.functional.pad(targets, (0, 1))
         span = span_of(self.needed_by_any[start:end])
-        return functools.partial(self.head, targets=targets, needed=self.needed[:, start:end], span=span)
+        columns = slice(start, end)
+        return functools.partial(self.head, targets=self.targets[:, columns], needed=self.needed[:, columns], span=span)
+
+    def of_nothing(self) -> SegmentHead:
+        """For a segment of one token in one row whose results are not needed."""
+        needed = torch.zeros_like(self.needed[:1, :1])
+        return functools.partial(self.head, targets=self.targets[:1, :1], needed=needed)
 
 
 def first_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -166,20 +210,31 @@ def next_tokens(valid: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(tokens.flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=length)
 
 
-def as_output(
-    hidden_states: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor, valid: torch.Tensor
-) -> BaseModelOutputWithPast:
-    """A decoder output that carries the results through the top model, whose own head then sees one column only.
+def at_tokens(result: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Results [B, T] move from the token before theirs to their own; zero where there is none.
 
-    Through the output and not beside it, so that FSDP and DDP see what the loss depends on. Results stand at the token
-    before theirs and move to their own here. `valid` [B, T]: where there is a token.
+    `valid` [B, T], None: all are tokens, so that nothing has to be kept for the backward pass.
     """
+    if valid is None:
+        return torch.nn.functional.pad(result[:, :-1], (1, 0))
     tokens = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1)
     before = torch.nn.functional.pad(tokens.cummax(1).values[:, :-1], (1, 0), value=-1)
-    nothing = ~valid | (before < 0)
-    before = before.clamp(min=0)
-    logprobs, entropy = (x.gather(1, before).masked_fill(nothing, 0) for x in (logprobs, entropy))
-    return DecoderOutput(last_hidden_state=hidden_states[:, :1], hidden_states=(logprobs, entropy))
+    return result.gather(1, before.clamp(min=0)).masked_fill(~valid | (before < 0), 0)
+
+
+def as_output(hidden_states: torch.Tensor, results: Results, valid: torch.Tensor | None) -> BaseModelOutputWithPast:
+    """A decoder output that carries the results through the top model, whose own head then sees one column only.
+
+    Through the output and not beside it, so that FSDP and DDP see what the loss depends on. Results stand at their own
+    tokens here. `valid` [B, T]: where there is a token, None: everywhere.
+    """
+    first, second = (at_tokens(result, valid) for result in results)
+    return DecoderOutput(last_hidden_state=hidden_states[:, :1], hidden_states=(first, second))
+
+
+def as_hidden(hidden_states: torch.Tensor) -> BaseModelOutputWithPast:
+    """A decoder output that carries all hidden states [B, T, D] through the top model, whose head sees one column."""
+    return DecoderOutput(last_hidden_state=hidden_states[:, :1], hidden_states=(hidden_states,))
 
 
 def sequence_logprobs(
@@ -210,11 +265,27 @@ def sequence_logprobs(
     Raises:
         ValueError: the temperature is not positive, the model has no PTE adapter, or as the model's forward.
     """
+    check_model(model, temperature)
+    return asked(model, LogProbHead(float(temperature)), input_ids, attention_mask, prompt_lengths)
+
+
+def check_model(model: nn.Module, temperature: float) -> None:
+    """Refuse what no head can work with."""
     if not temperature > 0:
         raise ValueError(f"`temperature` is {temperature}, but must be a positive number.")
     if not any(hasattr(module, "pte_attachment") for module in model.modules()):
         raise ValueError(f"`model` ({type(model).__name__}) has no PTE adapter: make one with `get_peft_model`.")
-    token = current_head.set(LogProbHead(float(temperature)))
+
+
+def asked(
+    model: nn.Module,
+    request: Request,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    prompt_lengths: Any,
+) -> Results:
+    """What a forward of the whole model gives that is asked for something else than logits, [B, T] each."""
+    token = current_head.set(request)
     try:
         output = model(
             input_ids=input_ids,

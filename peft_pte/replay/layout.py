@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,6 +59,11 @@ class Layout:
         """[B, T, ...] in the caller's columns -> [B, T', ...]."""
         return x[:, : self.valid.shape[1]] if self.source is None else gathered(x, self.source)
 
+    def after_eviction(self) -> torch.Tensor:
+        """The caller's columns [B, T] (bool) that are computed when thoughts have left."""
+        columns = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return self.restore((columns >= self.prefix + self.window).expand(self.valid.shape[0], -1))
+
     @uncompiled
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T', ...] -> [B, T, ...] in the caller's columns; on padding zero, or whatever was computed for it."""
@@ -68,6 +74,20 @@ class Layout:
 
 
 def gathered(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Of `x` [B, T, ...] the columns [B, T'] of each row: [B, T', ...]."""
-    index = columns.view(*columns.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    """Of `x` [B, T, ...] the columns [B, T'] of each row: [B, T', ...]. `x` may be in host memory, and stays there."""
+    index = columns.to(x.device).view(*columns.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
+
+
+def checked_lengths(prompt_lengths: Any, batch_size: int, most: int | None, device: torch.device) -> torch.Tensor:
+    """`prompt_lengths` as a tensor [B]; with a cache they are counted from the first column that it has seen."""
+    border = torch.as_tensor(prompt_lengths, device=device)
+    border = border.expand(batch_size) if border.ndim == 0 else border
+    fits = border.shape == (batch_size,) and not border.is_floating_point()
+    if not fits or not bool(((border >= 0) & (border <= (border if most is None else most))).all()):
+        wanted = "one integer >= 0" if most is None else f"one integer in [0, {most}]"
+        raise ValueError(
+            f"`prompt_lengths` must hold {wanted} for each of the {batch_size} rows (the column at which the "
+            f"completion begins, padding counted), got {prompt_lengths!r}."
+        )
+    return border.long()

@@ -22,9 +22,18 @@ from ..compiling import decides, uncompiled
 from ..config import CachePolicy
 from ..host import CACHE_NAMES, DecoderOutput
 from ..stacked import StackedEncoders, has_gathered_encoders, stack_encoders
-from .heads import Head, Scoring, as_output, needed_columns, num_chunks
+from .heads import Scoring, TaskOf, as_output, num_chunks
 from .layout import Layout
-from .segments import Gone, LayerPast, Stored, checkpoints_layers, embedded_rows, run_checkpointed, run_segment
+from .segments import (
+    Gone,
+    LayerPast,
+    Stored,
+    checkpoints_layers,
+    current_watch,
+    embedded_rows,
+    run_checkpointed,
+    run_segment,
+)
 from .truncated import TruncatedReplay, is_sharded
 
 # Where segments are recomputed, the first one (prompt and window) is computed in pieces of the later segments' length,
@@ -129,8 +138,8 @@ class Replay:
             if self.scoring is None:
                 first.last_hidden_state = first.last_hidden_state + zero
             else:
-                logprobs, entropy = first.hidden_states
-                first.hidden_states = (logprobs + zero, entropy)
+                differentiable, other = first.hidden_states
+                first.hidden_states = (differentiable + zero, other)
         return outputs
 
     def agree(self) -> int:
@@ -154,11 +163,12 @@ class Replay:
         kwargs = dict(self.kwargs, **inputs, attention_mask=None, position_ids=self.positions[:1, :1])
         run = run_checkpointed if checkpointed else run_segment
         past = [(layer.prefix, layer.cores) for layer in self.new_past()]
-        head = None
-        if self.scoring is not None:
-            nothing = torch.zeros_like(self.positions[:1, :1])
-            head = functools.partial(self.scoring.head, targets=nothing, needed=nothing.bool())
-        output = run(self.decoder, self.forward, head, past, None, None, 0, kwargs).output
+        head = None if self.scoring is None else self.scoring.of_nothing()
+        token = current_watch.set(None)
+        try:
+            output = run(self.decoder, self.forward, head, past, None, None, 0, kwargs).output
+        finally:
+            current_watch.reset(token)
         return (output.last_hidden_state if head is None else output.hidden_states[0])[..., :0].sum()
 
 
@@ -178,7 +188,7 @@ def replay(
     forward: Callable[..., BaseModelOutputWithPast],
     policy: CachePolicy,
     border: torch.Tensor | None,
-    head: Head | None,
+    task_of: TaskOf | None,
     inputs: dict[str, torch.Tensor],
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
@@ -191,7 +201,7 @@ def replay(
         decoder, forward: the Hugging Face decoder and its own forward.
         policy: of the active adapters.
         border: [B], the caller's column of each row's first thought; may be None for an integer prefix.
-        head: turns a segment's hidden states into per-token results; None: hidden states are what is wanted.
+        task_of: what is wanted instead of hidden states, per token (heads.py); None: hidden states.
         inputs: `{"input_ids": [B, T]}` or `{"inputs_embeds": [B, T, D]}`.
         attention_mask: [B, T] or None. position_ids: [B or 1, T].
         parameters: what is trained, of the decoder and of the head.
@@ -219,10 +229,16 @@ def replay(
         valid = attention_mask.to(x.device).bool()
     layout = Layout.create(valid, border, policy)
     schedule = Schedule.create(layout.window, policy.eviction_ratio)
+    watch = current_watch.get()
+    if watch is not None:
+        columns = torch.arange(layout.valid.shape[1], device=x.device)
+        ends = torch.where(layout.valid, columns + 1, 0).amax(-1)
+        watch.evictions = schedule.num_evictions(ends - layout.prefix)
     scoring = None
-    if head is not None:
-        needed = layout.place(needed_columns(valid, border))
-        scoring = Scoring(head, layout.place(inputs["input_ids"]), needed, needed.any(0).tolist())
+    if task_of is not None:
+        task = task_of(inputs["input_ids"], valid, border)
+        needed = layout.place(task.needed)
+        scoring = Scoring(task.head, layout.place(task.targets), needed, needed.any(0).tolist())
     run = Replay(
         decoder=decoder,
         forward=forward,
@@ -239,23 +255,26 @@ def replay(
     trains = bool(parameters) or (embeds is not None and embeds.requires_grad)
     in_two_passes = truncated and trains and sum(1 for _ in run.groups()) > 1
     if in_two_passes and not (is_sharded(parameters) or has_gathered_encoders(decoder)):
-        if head is None and kwargs.get("output_router_logits", getattr(decoder.config, "output_router_logits", False)):
+        if scoring is None and kwargs.get(
+            "output_router_logits", getattr(decoder.config, "output_router_logits", False)
+        ):
             raise ValueError(
                 "PTEConfig: `gradient` is 'truncated', but router logits were asked for (`output_router_logits`), "
                 "whose auxiliary loss would have no gradient. Switch them off, or use gradient='full'."
             )
         *results, first_column = TruncatedReplay.apply(run, embeds, *parameters)
-        if head is not None:
+        if scoring is not None:
             outputs = [DecoderOutput(last_hidden_state=first_column, hidden_states=tuple(results))]
         else:
             last_hidden_state, *hidden_states = results
             outputs = [DecoderOutput(last_hidden_state, hidden_states=tuple(hidden_states) or None)]
     else:
         outputs = run.run_all(truncated, checkpointed or truncated, offload=policy.offload or truncated)
-    if head is not None:
-        results = (torch.cat(parts, dim=1) for parts in zip(*(output.hidden_states for output in outputs)))
-        logprobs, entropy = map(layout.restore, results)
-        return as_output(outputs[0].last_hidden_state, logprobs, entropy, valid)
+    if scoring is not None:
+        parts = zip(*(output.hidden_states for output in outputs))
+        first, second = (layout.restore(torch.cat(part, dim=1)) for part in parts)
+        is_whole = run.mask is None and layout.source is None and layout.valid.shape == valid.shape
+        return as_output(outputs[0].last_hidden_state, (first, second), None if is_whole else valid)
     return join_outputs(outputs, layout.restore)
 
 

@@ -172,7 +172,8 @@ class SegmentLayer(CacheLayerMixin):
         cores = {name: core.load() for name, core in self.cores.items()}
         evicted = self.evicted() if self.evicted is not None else None
         self.new_cores = encoder.advance(cores, attention, evicted, batch_size)
-        return encoder.read_all(self.new_cores)
+        self.states = encoder.read_all(self.new_cores)
+        return self.states
 
     def get_seq_length(self) -> int:
         return self.num_seen
@@ -203,6 +204,38 @@ def set_states(layers: list[SegmentLayer], gone: Gone | None, stacks: list[Stack
         cores = stack.advance(torch.stack(old) if old else None, evicted, batch_size)
         for layer, core, state in zip(here, cores, stack.read(cores)):
             layer.new_cores[name], layer.states[name] = core, state
+
+
+@dataclass
+class Watch:
+    """What a forward notes of itself, for logs; noted in `current_watch` while it runs."""
+
+    evictions: torch.Tensor | None = None  # [B], how often thoughts have left, by row
+    state_norms: torch.Tensor | None = None  # [layers, B], Frobenius, of the states that a row's last tokens used
+
+    def note_states(self, layers: list[SegmentLayer], valid: torch.Tensor | None) -> None:
+        """`valid` [B, q]: where the segment has tokens, None: everywhere. Rows may have ended before."""
+        found = [torch.linalg.matrix_norm(s.detach()).float().cpu() for layer in layers for s in layer.states.values()]
+        if not found:
+            return
+        norms = torch.stack(found)
+        if valid is not None and self.state_norms is not None:
+            norms = torch.where(valid.any(-1).cpu(), norms, self.state_norms)
+        self.state_norms = norms
+
+
+current_watch: ContextVar[Watch | None] = ContextVar("pte_watch", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Watch]:
+    """Note what replays do inside; the latest one counts."""
+    watch = Watch()
+    token = current_watch.set(watch)
+    try:
+        yield watch
+    finally:
+        current_watch.reset(token)
 
 
 class Result(NamedTuple):
@@ -241,6 +274,10 @@ def run_segment(
             kwargs = {**kwargs, "inputs_embeds": embedded(decoder, kwargs["input_ids"])}
             del kwargs["input_ids"]
         output = call_with_cache(decoder, forward, SegmentCache(layers=layers), use_cache=False, **kwargs)
+    watch = current_watch.get()
+    if watch is not None:
+        mask, length = kwargs["attention_mask"], kwargs["position_ids"].shape[1]
+        watch.note_states(layers, None if mask is None else mask[:, -length:].bool())
     set_cache(output, None)  # else the outputs would keep every segment's past alive
     if head is not None:
         hidden_states = output.last_hidden_state
