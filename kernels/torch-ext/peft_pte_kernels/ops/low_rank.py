@@ -22,7 +22,7 @@ from ..dispatch import launch, limits, precision, register, tile
 
 MAX_PROJECTIONS = 3
 # Tiles. A program of `expand_kernel` reads its part of A and a state once for all its tokens. Widths that are no
-# multiple of 16 are read element by element, and the addresses take the registers of a larger tile, as a wide gate does.
+# multiple of 16 are read element by element, and the addresses take the registers of a larger tile, as wide gates do.
 TOKENS, OUTPUTS = 64, 128
 ODD_TOKENS, ODD_OUTPUTS = 32, 64
 BACKWARD_TOKENS = 32
