@@ -233,6 +233,13 @@ def test_tables_come_from_the_committed_results(tmp_path: Path, folder: str) -> 
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in committed.glob("*.png")}
 
 
+def test_distances_beyond_those_of_the_base_do_not_judge_a_table() -> None:
+    results = report.Results(ROOT / "benchmarks" / "evidence" / "results" / "recall.csv")
+    assert (results.farthest, results.distances[-1]) == (256, 4096)
+    assert report.verdict(results).endswith("passed.")
+    assert report.mean(results.get("base, full cache", 4096)) < report.GATE
+
+
 def test_bootstrap() -> None:
     values = {seed: float(value) for seed, value in enumerate(torch.linspace(0, 1, 5))}
     assert report.mean_and_interval({0: 0.5}) == "0.50"

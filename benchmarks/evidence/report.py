@@ -34,6 +34,9 @@ class Results:
         self.steps = max(int(row["step"]) for row in self.rows)
         self.trained_distance = int(self.rows[0]["trained_distance"])
         self.distances = sorted({int(row["distance"]) for row in self.rows})
+        # Arms are looked at on their way, and with controls, at two distances. Those beyond no base was trained for.
+        looked_at = [int(row["distance"]) for row in self.rows if row["control"] or int(row["step"]) < self.steps]
+        self.farthest = max(looked_at, default=self.distances[-1])
         self.seeds = sorted({int(row["seed"]) for row in self.rows})
         self.values: dict[tuple[str, str, str, int, int], BySeed] = defaultdict(dict)
         for row in self.rows:
@@ -97,8 +100,8 @@ def difference(by_seed: BySeed, reference: BySeed) -> str:
 
 def verdict(results: Results) -> str:
     """Whether the table means anything: the full cache must be enough for the task, and the window must not."""
-    full = [results.get("base, full cache", distance) for distance in results.distances]
-    far = results.get("base, windowed", results.distances[-1])
+    full = [results.get("base, full cache", distance) for distance in results.distances if distance <= results.farthest]
+    far = results.get("base, windowed", results.farthest)
     if not all(full) or not far:
         return "Gate: see the table with the base."
     lowest = min(by_seed[0] for by_seed in full)
@@ -113,7 +116,7 @@ def verdict(results: Results) -> str:
 
 def verdict_on_checkpoint(results: Results, lowest: float, far: float) -> str:
     """The base has not seen the task and need not solve it; LoRA says what it could do."""
-    lora = [results.get("LoRA, full cache", distance) for distance in results.distances]
+    lora = [results.get("LoRA, full cache", distance) for distance in results.distances if distance <= results.farthest]
     upper = f"at least {min(map(mean, lora)):.2f}" if all(lora) else "not run"
     return (
         f"The base is a checkpoint that was not trained on this task: with its full cache at least {lowest:.2f}. Upper "
@@ -123,12 +126,12 @@ def verdict_on_checkpoint(results: Results, lowest: float, far: float) -> str:
 
 
 def table(results: Results, quantity: str) -> list[str]:
-    """Markdown: accuracy or NLL by distance, and for accuracy the difference to the reference at the farthest."""
+    """Markdown: accuracy or NLL by distance, and for accuracy the difference to the reference."""
     distances, is_accuracy = results.distances, quantity == "accuracy"
     heads = [f"{distance} ({results.evictions(distance)})" for distance in distances]
-    heads += [f"minus {results.reference} at {distances[-1]}"] if is_accuracy else []
+    heads += [f"minus {results.reference} at {results.farthest}"] if is_accuracy else []
     lines = [f"| {quantity} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    reference = results.get(results.reference, distances[-1])
+    reference = results.get(results.reference, results.farthest)
     for arm in results.arms():
         cells = [results.get(arm, distance, quantity=quantity) for distance in distances]
         name = arm
@@ -136,7 +139,8 @@ def table(results: Results, quantity: str) -> list[str]:
             name += f" ({len(cells[-1])} of the seeds)"
         words = [name, *(mean_and_interval(x) for x in cells)]
         if is_accuracy:
-            words.append(difference(cells[-1], reference) if reference and arm != results.reference else "")
+            other = results.get(arm, results.farthest)
+            words.append(difference(other, reference) if reference and arm != results.reference else "")
         lines.append("| " + " | ".join(words) + " |")
     return lines
 
@@ -144,7 +148,7 @@ def table(results: Results, quantity: str) -> list[str]:
 def controls(results: Results) -> list[str]:
     """Markdown: accuracy without what the states say."""
     names = sorted({row["control"] for row in results.rows} - {""})
-    distances = (results.trained_distance, results.distances[-1])
+    distances = (results.trained_distance, results.farthest)
     columns = [(name, distance) for name in names for distance in distances]
     if not columns:
         return []
@@ -175,15 +179,15 @@ def claims(results: Results, arm: str) -> list[str]:
 
 
 def curve(axis: Any, results: Results) -> None:
-    """Accuracy at the longest trained and at the farthest distance while an arm is trained."""
+    """Accuracy at the longest trained and at a far distance while an arm is trained."""
     steps = sorted({int(row["step"]) for row in results.rows})
     for arm, color in zip(ARMS, colors()):
-        for distance, line in ((results.trained_distance, "-"), (results.distances[-1], ":")):
+        for distance, line in ((results.trained_distance, "-"), (results.farthest, ":")):
             seen = [step for step in steps if results.get(arm, distance, step=step)]
             means = [mean(results.get(arm, distance, step=step)) for step in seen]
             if len(seen) > 1:
                 axis.plot(seen, means, line, color=color, marker=".")
-    axis.set(xlabel=f"steps of training (solid: {results.trained_distance} tokens, dotted: {results.distances[-1]})")
+    axis.set(xlabel=f"steps of training (solid: {results.trained_distance} tokens, dotted: {results.farthest})")
 
 
 def mean(by_seed: BySeed) -> float:
