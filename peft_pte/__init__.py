@@ -14,6 +14,7 @@ from .encoder import ThoughtEncoder  # noqa: E402
 from .layer import Linear, PTELayer  # noqa: E402
 from .model import PTEModel  # noqa: E402
 from .replay.heads import sequence_logprobs, sequence_loss  # noqa: E402
+from .static import export_lora  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "PTELayer",
     "PTEModel",
     "ThoughtEncoder",
+    "export_lora",
     "sequence_logprobs",
     "sequence_loss",
 ]

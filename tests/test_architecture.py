@@ -20,7 +20,7 @@ LEVELS = [
     ["cache"],
     ["replay"],
     ["hooks"],
-    ["model"],
+    ["model", "static"],
     ["__init__"],
     ["lm_eval", "trainers"],
     ["__main__", "trl", "checkpoints"],  # the last two: old names of parts of `trainers`
