@@ -47,13 +47,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
         ValueError: the model has no such adapter, or a projection is adapted in a way that no LoRA has: it is asked
             with something else than its own input (`output_source="hidden_states"`), or gated (`output_gate`).
     """
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a PTE adapter.")
-    name = model.active_adapter if adapter_name is None else adapter_name
-    config = model.peft_config.get(name)
-    if not isinstance(config, PTEConfig):
-        adapters = [known for known, other in model.peft_config.items() if isinstance(other, PTEConfig)]
-        raise ValueError(f"`adapter_name` is {name!r}, but the PTE adapters of this model are {adapters}.")
+    name, config = pte_adapter(model, adapter_name)
     others = get_peft_model_state_dict(model, adapter_name=name)
     weights = {key: weight for key, weight in others.items() if ".pte_" not in key}  # modules saved in full
     for path, attention in model.named_modules():
@@ -77,6 +71,22 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     lora.save_pretrained(str(folder))
     tensors = {key: weight.detach().cpu() for key, weight in weights.items()}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def pte_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, PTEConfig]:
+    """Name and configuration of an adapter; None: the active one.
+
+    Raises:
+        ValueError: the model has no such PTE adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a PTE adapter.")
+    name = model.active_adapter if adapter_name is None else adapter_name
+    config = model.peft_config.get(name)
+    if not isinstance(config, PTEConfig):
+        adapters = [known for known, other in model.peft_config.items() if isinstance(other, PTEConfig)]
+        raise ValueError(f"`adapter_name` is {name!r}, but the PTE adapters of this model are {adapters}.")
+    return name, config
 
 
 def initial_state_of(encoder: ThoughtEncoder, name: str) -> torch.Tensor:

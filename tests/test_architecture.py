@@ -22,7 +22,7 @@ LEVELS = [
     ["hooks"],
     ["model", "static"],
     ["__init__"],
-    ["lm_eval", "trainers"],
+    ["lm_eval", "trainers", "vllm"],
     ["__main__", "trl", "checkpoints"],  # the last two: old names of parts of `trainers`
 ]
 ROOMS = {
@@ -33,6 +33,7 @@ ROOMS = {
     "replay": [["layout", "heads", "__init__"], ["segments"], ["truncated"], ["replay"]],
     "hooks": [["attachment", "border", "calls", "attention", "__init__"], ["decoder", "generation"], ["attach"]],
     "trainers": [["checkpoints", "__init__"], ["grpo", "prompts"]],
+    "vllm": [["folder", "plan"], ["metadata", "attention", "plugin", "update"], ["models", "__init__"]],
 }
 
 

@@ -1,0 +1,90 @@
+"""What vLLM calls in each of its processes (entry point `vllm.general_plugins`), and what it may not be asked for."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NoReturn
+
+from .folder import ARCHITECTURES, served
+
+# The rooms of vLLM that are entered here are no public interface.
+TESTED = "0.32.0"
+
+
+def register() -> None:
+    """Make models and state backend known to vLLM. A repeated call does nothing.
+
+    Raises:
+        ImportError: this vLLM is built in another way than the version that was tested.
+    """
+    try:
+        import vllm
+        from vllm.exceptions import VLLMValidationError
+        from vllm.model_executor.models import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
+        from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+        from vllm.v1.engine.input_processor import InputProcessor
+
+        check = InputProcessor._validate_prompt_len
+    except (ImportError, AttributeError) as error:
+        installed = getattr(vllm, "__version__", "an unknown version")
+        raise ImportError(f"peft_pte.vllm was tested with vLLM {TESTED}, and does not fit {installed}.") from error
+    if "PTE" in MambaAttentionBackendEnum.__members__:
+        return
+    register_backend("PTE", f"{__package__}.metadata.PTEBackend", is_mamba=True)
+
+    class PTEModelConfig(MambaModelConfig):
+        """One page a request, for as many tokens as there may be; called before anything is started."""
+
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: Any) -> None:
+            refuse(vllm_config)
+            vllm_config.cache_config.mamba_block_size = vllm_config.model_config.max_model_len
+            super().verify_and_update_config(vllm_config)
+            parallel = vllm_config.parallel_config
+            parallel.worker_extension_cls = parallel.worker_extension_cls or f"{__package__}.update.AdapterUpdates"
+
+    for architecture in ARCHITECTURES.values():
+        ModelRegistry.register_model(architecture, f"{__package__}.models:PTEForCausalLM")
+        MODELS_CONFIG_MAP[architecture] = PTEModelConfig
+
+    @functools.wraps(check)
+    def checked(self: Any, prompt_len: int, prompt_type: str) -> None:
+        check(self, prompt_len, prompt_type)
+        if self.model_config.architecture in ARCHITECTURES.values():
+            served(self.model_config).check_prompt(prompt_len, VLLMValidationError)
+
+    # The one place in which a single request can be refused; later, the engine would stop with it.
+    InputProcessor._validate_prompt_len = checked
+
+
+def refuse(vllm_config: Any) -> None:
+    """Raise `ValueError` for what PTE cannot do under vLLM."""
+
+    def no(option: str, reason: str) -> NoReturn:
+        raise ValueError(f"PTE under vLLM does not support {option}: {reason}")
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if vllm_config.cache_config.enable_prefix_caching:
+        no("`enable_prefix_caching=True`", "a state cannot be put together from blocks. Leave it out.")
+    if vllm_config.cache_config.cache_dtype != "auto":
+        no(f"`kv_cache_dtype={vllm_config.cache_config.cache_dtype!r}`", "keys are encoded as they are. Leave it out.")
+    if vllm_config.speculative_config is not None:
+        no("`speculative_config`", "evicted thoughts cannot be taken back. Leave it out.")
+    if vllm_config.lora_config is not None:
+        no("`enable_lora`", "its layers would be put around projections that have an update already. Leave it out.")
+    if vllm_config.kv_transfer_config is not None:
+        no("`kv_transfer_config`", "connectors move blocks of keys and values, and no states. Leave it out.")
+    for option in ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, option, 1) > 1:
+            no(f"`{option}={getattr(parallel, option)}`", "all heads of a layer are encoded together. Leave it at 1.")
+    if model.runner_type != "generate":
+        no(f"`runner={model.runner_type!r}`", "it serves generation only.")
+    config = model.hf_config
+    served(model)  # which says what is missing
+    types = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    if types:
+        no(f"layers of type {', '.join(sorted(types))}", "all layers must have full attention.")
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type in ("dynamic", "longrope"):
+        no(f"`rope_type={rope_type!r}`", "it depends on the length of a sequence.")
