@@ -25,7 +25,7 @@ def register() -> None:
         from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
         from vllm.v1.engine.input_processor import InputProcessor
 
-        check = InputProcessor._validate_prompt_len
+        process = InputProcessor.process_inputs
     except (ImportError, AttributeError) as error:
         installed = getattr(vllm, "__version__", "an unknown version")
         raise ImportError(f"peft_pte.vllm was tested with vLLM {TESTED}, and does not fit {installed}.") from error
@@ -48,14 +48,21 @@ def register() -> None:
         ModelRegistry.register_model(architecture, f"{__package__}.models:PTEForCausalLM")
         MODELS_CONFIG_MAP[architecture] = PTEModelConfig
 
-    @functools.wraps(check)
-    def checked(self: Any, prompt_len: int, prompt_type: str) -> None:
-        check(self, prompt_len, prompt_type)
+    @functools.wraps(process)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, *args, **kwargs)
         if self.model_config.architecture in ARCHITECTURES.values():
-            served(self.model_config).check_prompt(prompt_len, VLLMValidationError)
+            prompt = request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids
+            served(self.model_config).check_prompt(len(prompt), VLLMValidationError)
+            if request.resumable:
+                raise VLLMValidationError(
+                    "PTE under vLLM does not support prompts that come in while thoughts are generated (streaming "
+                    "input): the border between them would move. Send a request with the whole prompt."
+                )
+        return request
 
     # The one place in which a single request can be refused; later, the engine would stop with it.
-    InputProcessor._validate_prompt_len = checked
+    InputProcessor.process_inputs = checked
 
 
 def refuse(vllm_config: Any) -> None:
