@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft_pte import PTEConfig
 from peft_pte.vllm import export, overrides
 from peft_pte.vllm.folder import engine_name, served, weight_names
+from peft_pte.vllm.plugin import refuse_base
 
 
 def saved(folder: Path, family: str = "qwen2", **config: Any) -> Any:
@@ -79,11 +80,11 @@ def test_prompts_that_are_too_long(tmp_path: Path) -> None:
     streaming.check_prompt(31, ValueError)
 
 
-def refused(folder: Path, match: str, error: type[Exception] = ValueError, **arguments: Any) -> None:
-    defaults = dict(base=folder / "base", adapter=folder / "adapter", folder=folder / "served")
+def refused(place: Path, match: str, error: type[Exception] = ValueError, **arguments: Any) -> None:
+    defaults = dict(base=place / "base", adapter=place / "adapter", folder=place / "served")
     with pytest.raises(error, match=match):
         export(**(defaults | arguments))
-    assert not (folder / "served").exists()
+    assert not (place / "served").exists()
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     model = saved(tmp_path)
     refused(tmp_path, "not empty", folder=tmp_path / "base")
     refused(tmp_path, "`max_prompt_length` is 0", max_prompt_length=0)
-    refused(tmp_path, "PeftModel with an adapter", base=model)
+    refused(tmp_path, "PeftModelForCausalLM with an adapter", base=model)
     refused(tmp_path, "Qwen2ForCausalLM with an adapter", base=model.base_model.model)
     refused(tmp_path, "type 'mistral'", base=tiny_model("mistral", torch.float32))
     refused(tmp_path, "no adapter_config.json", FileNotFoundError, adapter=tmp_path / "base")
@@ -117,3 +118,25 @@ def test_names_of_weights() -> None:
     )
     with pytest.raises(ValueError, match="qkv_proj"):
         engine_name(f"{prefix}.qkv_proj.pte_A.weight")
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"model_type": "mistral"}, "'mistral'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"is_causal": False}, "bidirectional"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "0.5"),
+    ],
+    ids=str,
+)
+def test_bases_that_are_refused(changes: dict[str, Any], reason: str) -> None:
+    def no(what: str, why: str) -> None:
+        raise ValueError(f"{what}: {why}")
+
+    plain = dict(model_type="qwen2", layer_types=["full_attention"] * 2, rope_parameters={"rope_theta": 1e4})
+    refuse_base(SimpleNamespace(**plain), no)
+    with pytest.raises(ValueError, match=reason):
+        refuse_base(SimpleNamespace(**(plain | changes)), no)

@@ -45,7 +45,7 @@ class Slots:
             del self.held[row.prefix : row.prefix + row.leaving]
             self.events.append((gone[0], self.next_position))
         assert len(self.held) == row.stored
-        first = self.next_position if self.held or row.gone else 0
+        first = 0 if row.is_new else self.next_position
         self.held += range(first, first + count)
         self.next_position = first + count
         assert len(self.held) <= self.limit

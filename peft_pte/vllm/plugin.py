@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NoReturn
 
 from .folder import ARCHITECTURES, served
 
+logger = logging.getLogger(__name__)
 # The rooms of vLLM that are entered here are no public interface.
 TESTED = "0.32.0"
 
@@ -14,11 +16,12 @@ TESTED = "0.32.0"
 def register() -> None:
     """Make models and state backend known to vLLM. A repeated call does nothing.
 
-    Raises:
-        ImportError: this vLLM is built in another way than the version that was tested.
+    In a vLLM that is built in another way than the version that was tested, this says so in the log and does nothing:
+    an error here would stop vLLM for all models, and ours are unknown to it then.
     """
+    import vllm
+
     try:
-        import vllm
         from vllm.exceptions import VLLMValidationError
         from vllm.model_executor.models import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
@@ -27,8 +30,11 @@ def register() -> None:
 
         process = InputProcessor.process_inputs
     except (ImportError, AttributeError) as error:
-        installed = getattr(vllm, "__version__", "an unknown version")
-        raise ImportError(f"peft_pte.vllm was tested with vLLM {TESTED}, and does not fit {installed}.") from error
+        version = getattr(vllm, "__version__", "of an unknown version")
+        logger.error(
+            f"No PTE under vLLM {version}: peft_pte.vllm was tested with {TESTED}, and does not fit ({error})."
+        )
+        return
     if "PTE" in MambaAttentionBackendEnum.__members__:
         return
     register_backend("PTE", f"{__package__}.metadata.PTEBackend", is_mamba=True)
@@ -67,6 +73,7 @@ def register() -> None:
 
 def refuse(vllm_config: Any) -> None:
     """Raise `ValueError` for what PTE cannot do under vLLM."""
+    from vllm.platforms import current_platform
 
     def no(option: str, reason: str) -> NoReturn:
         raise ValueError(f"PTE under vLLM does not support {option}: {reason}")
@@ -85,13 +92,26 @@ def refuse(vllm_config: Any) -> None:
     for option in ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, option, 1) > 1:
             no(f"`{option}={getattr(parallel, option)}`", "all heads of a layer are encoded together. Leave it at 1.")
+    if not (model.enforce_eager or current_platform.is_cpu()):
+        # Captured without a plan, a step would be one without attention.
+        no("CUDA graphs", "evictions are decided on the host. Set `enforce_eager=True`.")
     if model.runner_type != "generate":
         no(f"`runner={model.runner_type!r}`", "it serves generation only.")
-    config = model.hf_config
     served(model)  # which says what is missing
+    refuse_base(model.hf_config, no)
+
+
+def refuse_base(config: Any, no: Any) -> None:
+    """The same for the base model. `no(what, reason)` raises."""
+    if config.model_type not in ARCHITECTURES:
+        no(f"models of type {config.model_type!r}", f"only {', '.join(ARCHITECTURES)}.")
     types = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if types:
-        no(f"layers of type {', '.join(sorted(types))}", "all layers must have full attention.")
-    rope_type = config.rope_parameters.get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        no(f"`rope_type={rope_type!r}`", "it depends on the length of a sequence.")
+    if types or not getattr(config, "is_causal", True):
+        no(f"layers of type {', '.join(sorted(types)) or 'bidirectional'}", "all must have full causal attention.")
+    if getattr(config, "dual_chunk_attention_config", None):
+        no("`dual_chunk_attention_config`", "its keys have no single position.")
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        no(f"`rope_type={rope['rope_type']!r}`", "it depends on the length of a sequence.")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        no(f"`partial_rotary_factor={rope['partial_rotary_factor']}`", "the families here rotate whole heads.")
