@@ -164,5 +164,5 @@ def test_an_engine_in_other_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "job.py").write_text(WORKER.format(paths=[str(here), str(here.parent)]))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "served")]
-    job = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    job = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert "as expected" in job.stdout, job.stdout[-2000:] + job.stderr[-4000:]
