@@ -20,9 +20,9 @@ LEVELS = [
     ["cache"],
     ["replay"],
     ["hooks"],
-    ["model"],
+    ["model", "static"],
     ["__init__"],
-    ["lm_eval", "trainers"],
+    ["lm_eval", "trainers", "vllm"],
     ["__main__", "trl", "checkpoints"],  # the last two: old names of parts of `trainers`
 ]
 ROOMS = {
@@ -38,6 +38,7 @@ ROOMS = {
         ["attach"],
     ],
     "trainers": [["checkpoints", "rows", "__init__"], ["grpo", "prompts", "distillation"]],
+    "vllm": [["folder", "plan"], ["metadata", "attention", "plugin", "update"], ["models", "__init__"]],
 }
 
 

@@ -58,12 +58,18 @@ class Schedule:
         """How often thoughts leave while so many are stored one after the other, [B] -> [B]."""
         return (num_thoughts - self.window + self.num_evicted - 1).clamp(min=0) // self.num_evicted
 
-    def segments(self, prefix: int, length: int, longest: int | None = None) -> Iterator[Segment]:
+    def num_gone(self, num_thoughts: int) -> int:
+        """How many thoughts have left when so many have been stored, before the next one comes."""
+        return self.num_evicted * max(0, -((self.window - num_thoughts) // self.num_evicted))
+
+    def segments(self, prefix: int, length: int, longest: int | None = None, start: int = 0) -> Iterator[Segment]:
         """Split `length` columns, of which the first `prefix` are kept for ever, at the evictions.
 
-        `longest`: split further, so that no segment is longer; the state is constant between evictions.
+        `longest`: split further, so that no segment is longer; the state is constant between evictions. `start`: the
+        columns before it have been computed, with all evictions that come before them.
         """
-        start, num_thoughts, num_evicted = 0, -prefix, 0
+        num_evicted = self.num_gone(start - prefix)
+        num_thoughts = start - prefix - num_evicted
         while start < length:
             evict = self.is_full(num_thoughts)
             if evict:
