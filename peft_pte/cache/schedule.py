@@ -54,13 +54,13 @@ class Schedule:
         """How many tokens can be stored before the next eviction."""
         return self.window - num_thoughts
 
-    def num_evictions(self, num_thoughts: torch.Tensor) -> torch.Tensor:
-        """How often thoughts leave while so many are stored one after the other, [B] -> [B]."""
-        return (num_thoughts - self.window + self.num_evicted - 1).clamp(min=0) // self.num_evicted
+    def num_evictions(self, num_thoughts: int) -> int:
+        """How often thoughts have left when so many have been stored, before the next one comes."""
+        return max(0, -((self.window - num_thoughts) // self.num_evicted))
 
     def num_gone(self, num_thoughts: int) -> int:
-        """How many thoughts have left when so many have been stored, before the next one comes."""
-        return self.num_evicted * max(0, -((self.window - num_thoughts) // self.num_evicted))
+        """How many thoughts have left by then."""
+        return self.num_evicted * self.num_evictions(num_thoughts)
 
     def segments(self, prefix: int, length: int, longest: int | None = None, start: int = 0) -> Iterator[Segment]:
         """Split `length` columns, of which the first `prefix` are kept for ever, at the evictions.

@@ -233,7 +233,8 @@ def replay(
     if watch is not None:
         columns = torch.arange(layout.valid.shape[1], device=x.device)
         ends = torch.where(layout.valid, columns + 1, 0).amax(-1)
-        watch.evictions = schedule.num_evictions(ends - layout.prefix)
+        thoughts = (ends - layout.prefix).tolist()
+        watch.evictions = torch.tensor([schedule.num_evictions(count) for count in thoughts], device=x.device)
     scoring = None
     if task_of is not None:
         task = task_of(inputs["input_ids"], valid, border)
