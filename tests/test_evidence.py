@@ -171,7 +171,7 @@ def test_arms_train_what_they_should(arm: str) -> None:
         ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
         border = dict(prompt_lengths=2) if ARMS[arm].windowed else {}
         model(input_ids=ids, labels=ids, use_cache=False, **border).loss.backward()
-    assert ("pte_gate" in str(trained)) == ("learned gate" in arm)
+    assert ("thought_encoder.pte_gate" in str(trained)) == ("learned gate" in arm)
     assert trained and all(("lora_" if "LoRA" in arm else "pte_") in name for name in trained)
     assert any("pte_" in name for name, _ in model.named_parameters()) == ARMS[arm].windowed
 
