@@ -194,8 +194,13 @@ def make_trainer(options: argparse.Namespace, rows: list[Row]) -> PTEDistillatio
     return PTEDistillationTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
 
 
-def evaluate(options: argparse.Namespace, trainer: PTEDistillationTrainer, groups: dict[str, list[Row]]) -> Row:
-    encoded = {name: trainer.prepare_rows(rows) for name, rows in groups.items()}
+def evaluate(
+    options: argparse.Namespace,
+    trainer: PTEDistillationTrainer,
+    groups: dict[str, list[Row]],
+    encoded: dict[str, list[Row]],
+) -> Row:
+    """All that is written and drawn. `encoded`: the same rows as tokens."""
     evaluation = Evaluation(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, options)
     answered = {name: [row for row in rows if "answer" in row] for name, rows in groups.items()}
     return dict(
@@ -218,9 +223,11 @@ def main(argv: list[str] | None = None) -> None:
     trainer = make_trainer(options, rows)
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
+    # In all processes, which share the work if there are completions to be made.
+    encoded = {name: trainer.prepare_rows(part) for name, part in groups.items()}
     if not trainer.is_world_process_zero():
         return
-    results = evaluate(options, trainer, groups)
+    results = evaluate(options, trainer, groups, encoded)
     (options.output / "results.json").write_text(json.dumps(results, indent=1))
     with (options.output / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["rows", "arm", "distance", "tokens", "kl", "perplexity"])
