@@ -35,7 +35,7 @@ def pieces(held_out: bool, num_words: int) -> list[dict[str, str]]:
     return [dict(text=" ".join(words[i : i + num_words])) for i in range(0, len(words) - num_words + 1, num_words)]
 
 
-def notes(held_out: bool, count: int, filler: tuple[int, int], facts: int = 3) -> list[dict[str, str]]:
+def notes(held_out: bool, count: int, filler: tuple[int, int], facts: int = 2) -> list[dict[str, str]]:
     """Rows that need memory: facts, between so many and so many words of the text, and the facts again as answers.
 
     A held-out row ends with the answer to the first question. Its numbers and its text are others than in training; its

@@ -46,11 +46,13 @@ DEMO = dict(
     window_sizes=[24, 40],
     eviction_ratio=0.5,  # half the window at once: fewer segments than with the default, and so faster on a CPU
     retained_prefix=4,
-    steps=100,
+    steps=80,
+    batch_size=4,
     learning_rate=2e-3,
-    max_length=160,
+    max_length=128,
     max_new_tokens=4,
     save_steps=20,
+    eval_rows=16,
 )
 
 
@@ -86,11 +88,11 @@ def load_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, list[Ro
     """Rows to train on, and held-out ones; those with answers get a table of their own."""
     count = options.eval_rows
     if options.data is None:
-        # A word has 1.3 tokens, and notes with their questions 80; what is too long is cut off.
+        # A word has 1.3 tokens, and two notes with their questions have 55; what is too long is cut off.
         train = real_text.pieces(False, options.max_length * 3 // 4)
-        train += real_text.notes(False, len(train), filler=(0, options.max_length // 2))
+        train += real_text.notes(False, len(train), filler=(0, options.max_length * 3 // 8))
         pieces = real_text.pieces(True, options.max_length * 3 // 4)
-        notes = real_text.notes(True, count, filler=(options.window_size, options.max_length // 2))
+        notes = real_text.notes(True, count, filler=(options.max_length // 4, options.max_length * 3 // 8))
         return train, dict(text=pieces[:count], notes=notes)
     rows = read_rows(options.data, options.retained_prefix)
     if options.eval_data is None:
@@ -168,7 +170,10 @@ def make_trainer(options: argparse.Namespace, rows: list[Row]) -> PTEDistillatio
     with PartialState(cpu=not cuda).main_process_first():  # the others find it made
         folder = base_folder(options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype)
+    dtype = options.dtype
+    if dtype == "auto" and not cuda and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        dtype = "float32"  # such CPUs multiply bfloat16 many times slower
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     torch.manual_seed(options.seed)
     size = dict(r=options.rank, pte_alpha=options.rank / 2, num_global_tokens=options.rank)
     cache = {name: getattr(options, name) for name in ("window_size", "eviction_ratio", "retained_prefix", "gradient")}
