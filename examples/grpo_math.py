@@ -8,6 +8,8 @@ The defaults are the paper's: DAPO-Math-17k, rank 32, 32 global tokens, learning
 rollouts of at most 3072 tokens a step. `--dataset` takes a Hub id or JSON lines with "prompt" and "answer". Of
 DAPO-Math-17k, "prompt" (messages already) is taken as it is, and the answer is `reward_model["ground_truth"]`; its
 repeated problems are dropped. A prompt that is a plain string becomes a user message after `--system-prompt`.
+`--adapter` goes on from a PTE adapter, of a warm start (examples/warm_start.py) for instance; its rank and its rule
+stand.
 
 `--tiny` trains a small Llama from scratch on chains of additions modulo ten. It thinks step by step, and the answer is
 an earlier result, which has left the window by then in most problems. With its full cache the base does the task; then
@@ -248,10 +250,15 @@ def supervise(
 
 def attach(base: torch.nn.Module, options: argparse.Namespace) -> PeftModel:
     """The arm's adapter on `base`; both arms have the same bounded cache and the same rank."""
+    given = dict(window_size=options.window_size, eviction_ratio=options.eviction_ratio)
+    cache = {name: value for name, value in given.items() if value is not None}
+    if options.adapter:
+        config = PTEConfig.from_pretrained(options.adapter)
+        config.check(**cache)
+        for name, value in cache.items():
+            setattr(config, name, value)
+        return PeftModel.from_pretrained(base, options.adapter, config=config, is_trainable=True)
     make = PTEConfig.paper if options.paper else PTEConfig
-    cache = dict(eviction_ratio=options.eviction_ratio)
-    if options.window_size is not None:
-        cache["window_size"] = options.window_size
     if options.arm == "pte":
         size = dict(r=options.rank, pte_alpha=options.rank, num_global_tokens=options.num_global_tokens)
         return get_peft_model(base, make(task_type="CAUSAL_LM", **size, **cache))
@@ -414,7 +421,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--paper", action="store_true", help="PTEConfig.paper() instead of the default rule")
     window = dict(type=lambda text: text if text == "prompt" else int(text), metavar="N")
     add("--window-size", **window, help="thoughts kept, or 'prompt' (default: that of the configuration)")
-    add("--eviction-ratio", type=float, default=0.25)
+    add("--eviction-ratio", type=float, help="of the window (default: that of the configuration)")
+    add("--adapter", metavar="FOLDER", help="go on from this PTE adapter, such as examples/warm_start.py makes")
     add("--rank", type=int, default=32)
     add("--num-global-tokens", type=int, default=32)
     add("--learning-rate", type=float, default=1e-5)
@@ -435,6 +443,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     options = parser.parse_args(argv)
+    if options.adapter and (options.tiny or options.paper or options.arm == "lora"):
+        parser.error("--adapter is a PTE adapter with its own rule and base: leave out --tiny, --paper and --arm lora")
+    if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
+        parser.error(f"--adapter is {options.adapter}, which is no folder with an adapter_config.json")
     options.output = Path(options.output)
     options.run = options.output / f"{options.arm}-{options.seed}"
     options.world = int(os.environ.get("WORLD_SIZE", 1))

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from models import tiny_model
+from models import tiny_model, with_adapter
 
 pytest.importorskip("trl", reason="TRL is an optional dependency: pip install peft-pte[grpo]")
 pytest.importorskip("tensorboard", reason="the example logs to TensorBoard: pip install peft-pte[grpo]")
@@ -136,6 +136,28 @@ def test_checkpoint_and_json_lines(example: ModuleType, tmp_path: Path) -> None:
     assert all(entry.keys() >= LOGGED for entry in history(run))
     config = json.loads((run / "adapter_config.json").read_text())
     assert config["state_update"] == "sum" and config["window_size"] == 8
+
+
+def test_an_adapter_is_gone_on_from(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it is trained, under another window if one is given."""
+    saved = with_adapter(tiny_model("llama", torch.float32), window_size=6, eviction_ratio=0.5)
+    saved.save_pretrained(tmp_path)
+    for given, window in (([], 6), (["--window-size", "9"], 9)):
+        options = example.arguments(["--adapter", str(tmp_path), *given])
+        model = example.attach(tiny_model("llama", torch.float32), options)
+        config = model.peft_config["default"]
+        assert (config.window_size, config.eviction_ratio, config.r) == (window, 0.5, 5)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        expected = {name: parameter for name, parameter in saved.named_parameters() if parameter.requires_grad}
+        assert trained.keys() == expected.keys()
+        assert all(torch.equal(trained[name], parameter) for name, parameter in expected.items())
+    for given, said in (
+        (["--adapter", str(tmp_path), "--arm", "lora"], "leave out --tiny, --paper and --arm lora"),
+        (["--adapter", str(tmp_path / "none")], "no folder with an adapter_config.json"),
+    ):
+        with pytest.raises(SystemExit):
+            example.arguments(given)
+        assert said in capsys.readouterr().err
 
 
 def test_math_reward(example: ModuleType) -> None:

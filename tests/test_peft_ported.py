@@ -107,7 +107,7 @@ def assert_is_base(model: torch.nn.Module, family: str = "qwen2") -> None:
 def test_only_the_active_adapter_is_trainable() -> None:
     model = make_two()
     both = parameters_of(model, "default") | parameters_of(model, "other")
-    assert len(both) == 2 * 2 * (4 * 2 + 1 + 6)  # layers x (A and B of q, k, v, o; the gate of o; six tensors of the encoder)
+    assert len(both) == 2 * 2 * (4 * 2 + 1 + 6)  # layers x (A, B of q, k, v, o; o's gate; six of the encoder)
     assert trainable(model) == parameters_of(model, "default")
     model.set_adapter("other")
     assert trainable(model) == parameters_of(model, "other")

@@ -14,11 +14,11 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from shared import paragraphs
 from streams import Parts, Task, shuffled
 
 PROMPT = "Notes:\n"
@@ -52,21 +52,8 @@ def words_in(text: str, held_out: bool) -> list[str]:
 
 
 def filler_text(held_out: bool) -> str:
-    """Prose of the Python documentation that every Python carries; the last quarter is for the evaluation.
-
-    The documentation repeats itself, so paragraphs are taken once: none is on both sides. Another version of Python has
-    a slightly different text.
-    """
-    paragraphs: dict[str, None] = {}
-    for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
-            words = paragraph.split()
-            text = " ".join(words)
-            is_prose = sum(c.isalpha() or c == " " for c in text) > 0.9 * len(text)
-            if len(words) >= 12 and text.endswith((".", ":")) and is_prose:
-                paragraphs[text] = None
-    border = len(paragraphs) * 3 // 4
-    return "\n".join(list(paragraphs)[border:] if held_out else list(paragraphs)[:border])
+    """Prose of the Python documentation that every Python carries; the last quarter is for the evaluation."""
+    return "\n".join(paragraphs(held_out))
 
 
 def check_length(text: str, tokens: Sequence[int | str], length: int) -> None:

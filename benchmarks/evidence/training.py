@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import checkpoint
 from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
 from peft_pte import PTECache
 from peft_pte.cache.schedule import Schedule
+from shared import prepare
 from streams import Stream, SymbolTask, Task
 from tasks import TASKS
 from unfinished import Step, Unfinished
@@ -126,7 +126,7 @@ def make_base(settings: Settings, source: Path | None) -> None:
     if isinstance(settings.streams, SymbolTask):
         train_base(settings, settings.streams)
     else:
-        checkpoint.prepare(settings.base, source)
+        prepare(settings.base, source)
 
 
 def train_base(settings: Settings, task: SymbolTask) -> None:

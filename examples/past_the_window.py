@@ -1,0 +1,209 @@
+"""What a bounded cache costs, and what an adapter brings back of it: tables by distance past the window, and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+
+from peft_pte import PTECache, ThoughtEncoder, sequence_divergence, sequence_logprobs
+from peft_pte.replay.distillation import teacher_states
+from peft_pte.stacked import StackedEncoders
+from peft_pte.trainers.distillation import Collator
+from peft_pte.trainers.rows import row_of
+
+Row = dict[str, Any]
+
+
+@contextlib.contextmanager
+def states_zeroed() -> Iterator[None]:
+    """Every state is read from what an empty cache carries: what is left is what the adapter does without memory."""
+    read_all, read = ThoughtEncoder.read_all, StackedEncoders.read
+
+    def empty(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return read_all(self, {name: self.start(name, len(core)) for name, core in cores.items()})
+
+    def empty_in_all_layers(self: StackedEncoders, cores: torch.Tensor) -> torch.Tensor:
+        return read(self, self.start(cores.shape[1]))
+
+    with patch.object(ThoughtEncoder, "read_all", empty), patch.object(StackedEncoders, "read", empty_in_all_layers):
+        yield
+
+
+@contextlib.contextmanager
+def other_adapter(model: PeftModel, name: str) -> Iterator[None]:
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+
+
+def question(row: Row, tokenizer: Any) -> list[int]:
+    """The tokens that a row's answer follows."""
+    if row.get("text"):
+        return tokenizer(row["text"][: row["text"].rindex(str(row["answer"]))].rstrip())["input_ids"]
+    return row_of(row, tokenizer, 0).prompt
+
+
+def contains(text: str, answer: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
+
+
+class Evaluation:
+    """Of the base with its full cache and under the window, and of PTE with and without its states.
+
+    The windowed base is an adapter that has not been trained: its `A` is zero, and its cache that of the policy.
+    """
+
+    FULL = "base, full cache"
+
+    def __init__(self, model: PeftModel, tokenizer: Any, options: argparse.Namespace):
+        self.model, self.tokenizer, self.options = model.eval(), tokenizer, options
+        untrained = copy.deepcopy(model.peft_config["default"])
+        untrained.init_weights = True
+        model.add_adapter("untrained", untrained)
+        model.set_adapter("default")
+
+    def arms(self) -> dict[str, AbstractContextManager[None]]:
+        return {
+            self.FULL: self.model.disable_adapter(),
+            "base, windowed": other_adapter(self.model, "untrained"),
+            "PTE": contextlib.nullcontext(),
+            "PTE, states zeroed": states_zeroed(),
+        }
+
+    def batches(self, rows: Sequence[Any], name: str) -> Iterator[Sequence[Any]]:
+        size = self.options.batch_size
+        for start in tqdm(range(0, len(rows), size), desc=name):
+            yield rows[start : start + size]
+
+    def edges(self, longest: int) -> list[int]:
+        """Borders of the bands: 0, w/2, w, 2w, 4w, ... tokens after the first eviction."""
+        edges = [0, max(1, self.options.window_size // 2), max(2, self.options.window_size)]
+        while edges[-1] <= longest:
+            edges.append(2 * edges[-1])
+        return edges
+
+    @torch.no_grad()
+    def by_distance(self, rows: list[Row], name: str) -> list[Row]:
+        """KL to the base with its full cache, and perplexity, of encoded rows: a table row for each arm and band."""
+        prefix, window = self.options.retained_prefix, self.options.window_size
+        edges = self.edges(max((len(row["input_ids"]) for row in rows), default=0))
+        sums = {arm: torch.zeros(len(edges), 3, dtype=torch.float64) for arm in self.arms()}
+        for part in self.batches(sorted(rows, key=lambda row: len(row["input_ids"])), name):
+            batch = {key: x.to(self.model.device) for key, x in Collator(0)(part).items()}
+            ids, mask, lengths = batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"]
+            teacher = teacher_states(self.model, ids, mask)
+            # A token is predicted from the cache that the one before it has left; rows begin in column 0.
+            kept = lengths if prefix == "prompt" else torch.full_like(lengths, prefix)
+            distance = torch.arange(ids.shape[1], device=ids.device) - 1 - kept[:, None] - window
+            band = torch.bucketize(distance, torch.tensor(edges, device=ids.device), right=True) - 1
+            for arm, context in self.arms().items():
+                with context:
+                    logprobs, _ = sequence_logprobs(self.model, ids, mask, lengths)
+                    if arm != self.FULL:
+                        found = sequence_divergence(self.model, ids, mask, lengths, teacher=teacher)
+                        kl, counted = found.kl, found.counted
+                    else:
+                        kl, counted = torch.zeros_like(logprobs), (distance >= 0) & mask.bool()
+                        counted &= torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
+                for column, values in enumerate((torch.ones_like(kl), kl, -logprobs)):
+                    sums[arm][:, column].index_add_(0, band[counted].cpu(), values[counted].double().cpu())
+        return [
+            dict(rows=name, arm=arm, distance=f"{low}-{high}", tokens=int(n), kl=kl / n, perplexity=math.exp(nll / n))
+            for arm, totals in sums.items()
+            for low, high, (n, kl, nll) in zip(edges, edges[1:], totals.tolist())
+            if n
+        ]
+
+    @torch.no_grad()
+    def accuracy(self, rows: list[Row]) -> dict[str, float]:
+        """Greedy completions that contain the answer, as a word of its own."""
+        right = dict.fromkeys(self.arms(), 0)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        for part in self.batches(rows, "answers"):
+            prompts = [question(row, self.tokenizer) for row in part]
+            width = max(map(len, prompts))
+            ids = [[pad or 0] * (width - len(prompt)) + prompt for prompt in prompts]
+            mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+            given = dict(input_ids=ids, attention_mask=mask)
+            given = {name: torch.tensor(x, device=self.model.device) for name, x in given.items()}
+            for arm, context in self.arms().items():
+                with context:
+                    done = self.model.generate(
+                        **given, max_new_tokens=self.options.max_new_tokens, do_sample=False, pad_token_id=pad
+                    )
+                texts = self.tokenizer.batch_decode(done[:, width:], skip_special_tokens=True)
+                right[arm] += sum(contains(text, str(row["answer"])) for text, row in zip(texts, part))
+        return {arm: count / len(rows) for arm, count in right.items()}
+
+    @torch.no_grad()
+    def cache_bytes(self, row: Row) -> dict[str, int]:
+        """What the cache holds when it has seen a whole row; the bounded one no more after longer rows."""
+        ids, cache = torch.tensor([row["input_ids"]], device=self.model.device), PTECache()
+        self.model(
+            input_ids=ids, past_key_values=cache, prompt_lengths=torch.tensor([row["prompt_length"]]), logits_to_keep=1
+        )
+        with self.model.disable_adapter():
+            full = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        held = [x for layer in full.layers for x in (layer.keys, layer.values)]
+        return dict(tokens=ids.shape[1], full=sum(x.nbytes for x in held), bounded=cache.nbytes)
+
+
+def print_tables(results: Row) -> None:
+    table, accuracy, cache = results["table"], results["accuracy"], results["cache_bytes"]
+    for name in dict.fromkeys(row["rows"] for row in table):
+        part = [row for row in table if row["rows"] == name]
+        distances = list(dict.fromkeys(row["distance"] for row in part))
+        for metric, title in (("kl", "KL to the base with its full cache"), ("perplexity", "perplexity")):
+            print(f"\n{name}: {title}, by tokens after the first eviction\n")
+            print(f"{'':<20}" + "".join(f"{distance:>12}" for distance in distances))
+            for arm in dict.fromkeys(row["arm"] for row in part):
+                values = {row["distance"]: row[metric] for row in part if row["arm"] == arm}
+                print(f"{arm:<20}" + "".join(f"{values[distance]:>12.3f}" for distance in distances))
+    if not table:
+        print("\nNo held-out row is longer than the window, so there is nothing to compare.")
+    for name, values in accuracy.items():
+        print(f"\n{name}: completions that contain the answer")
+        print("\n".join(f"{arm:<20}{value:>12.3f}" for arm, value in values.items()))
+    print(f"\ncache after {cache['tokens']} tokens: {cache['full']:,} bytes full, {cache['bounded']:,} bounded")
+
+
+def plot(results: Row, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = results["table"]
+    names = list(dict.fromkeys(row["rows"] for row in table))
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(5 * len(names) + 5, 4), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for arm, color in zip(dict.fromkeys(row["arm"] for row in table), ("gray", "blue", "red", "orange")):
+            part = [row for row in table if (row["rows"], row["arm"]) == (name, arm)]
+            distances, values = [row["distance"] for row in part], [row["kl"] for row in part]
+            axis.plot(distances, values, marker="o", label=arm, color=f"tab:{color}")
+        axis.set(title=f"held-out {name}", xlabel="tokens after the first eviction", ylabel="KL to the full cache")
+    logs = [entry for entry in results["history"] if "kl" in entry]
+    for name, label, color in (("kl", "PTE", "red"), ("kl_windowed_base", "base, windowed", "blue")):
+        known = [(entry["step"], entry[name]) for entry in logs if name in entry]
+        axes[0, -1].plot(*zip(*known) if known else ([], []), label=label, color=f"tab:{color}")
+    axes[0, -1].set(title="training", xlabel="step", ylabel="KL to the full cache")
+    for axis in axes[0]:
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
