@@ -159,4 +159,4 @@ def test_the_plain_way_warns(folder: Path) -> None:
     model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype="float32").eval()
     sample: dict[str, Any] = samples["score"][0]
     expected = score(model, tokens(sample["doc"]["prompt"]), tokens(sample["target"]))
-    assert float(sample["filtered_resps"][0][0]) != pytest.approx(expected, 1e-2)
+    assert float(sample["filtered_resps"][0][0]) != pytest.approx(expected, 1e-3)
