@@ -1,4 +1,4 @@
-"""Triton kernels compile for every target without spills; in processes of their own, without Triton's interpreter."""
+"""Triton kernels compile without spills; in processes of their own, without Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def test_no_kernel_spills(tmp_path: Path) -> None:
     done = run("benchmarks/kernel_resources.py", "--targets", *COMPILED, "--output", tmp_path / "table.csv")
     bad = "\n".join(line for line in done.stdout.splitlines() if line.endswith("TOO MUCH"))
     rows = list(csv.DictReader((tmp_path / "table.csv").open())) if (tmp_path / "table.csv").exists() else []
-    assert {(row["kernel"], row["target"]) for row in rows} == {(k, t) for k in kernels() for t in COMPILED}, done.stderr
+    found = {(row["kernel"], row["target"]) for row in rows}
+    assert found == {(k, t) for k in kernels() for t in COMPILED}, done.stderr
     assert done.returncode == 0, bad or done.stderr
 
 
