@@ -66,9 +66,11 @@ def update_adapter(llm: Any, model: nn.Module, adapter_name: str | None = None) 
 class AdapterUpdates:
     """What workers of an engine can do in addition (`worker_extension_cls`)."""
 
+    model_runner: Any  # the worker's
+
     def pte_update_adapter(self, fields: str, weights: bytes) -> str | None:
         """Take new weights. Returns what is wrong with them, if anything is."""
-        model = self.model_runner.model  # type: ignore[attr-defined]
+        model = self.model_runner.model
         here, new = fixed_fields(model.served.config), json.loads(fields)
         differing = [f"{name}={new[name]!r} (here {here[name]!r})" for name in here if new[name] != here[name]]
         if differing:
