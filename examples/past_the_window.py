@@ -11,34 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from peft_pte import PTECache, ThoughtEncoder, sequence_divergence, sequence_logprobs
+from controls import states_zeroed
+from peft_pte import PTECache, sequence_divergence, sequence_logprobs
 from peft_pte.replay.distillation import teacher_states
-from peft_pte.stacked import StackedEncoders
 from peft_pte.trainers.distillation import Collator
-from peft_pte.trainers.rows import row_of
+from peft_pte.trainers.rows import left_padded, row_of
 
 Row = dict[str, Any]
-
-
-@contextlib.contextmanager
-def states_zeroed() -> Iterator[None]:
-    """Every state is read from what an empty cache carries: what is left is what the adapter does without memory."""
-    read_all, read = ThoughtEncoder.read_all, StackedEncoders.read
-
-    def empty(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return read_all(self, {name: self.start(name, len(core)) for name, core in cores.items()})
-
-    def empty_in_all_layers(self: StackedEncoders, cores: torch.Tensor) -> torch.Tensor:
-        return read(self, self.start(cores.shape[1]))
-
-    with patch.object(ThoughtEncoder, "read_all", empty), patch.object(StackedEncoders, "read", empty_in_all_layers):
-        yield
 
 
 @contextlib.contextmanager
@@ -135,16 +119,13 @@ class Evaluation:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         for part in self.batches(rows, "answers"):
             prompts = [question(row, self.tokenizer) for row in part]
-            width = max(map(len, prompts))
-            ids = [[pad or 0] * (width - len(prompt)) + prompt for prompt in prompts]
-            mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-            given = dict(input_ids=ids, attention_mask=mask)
-            given = {name: torch.tensor(x, device=self.model.device) for name, x in given.items()}
+            given = left_padded(prompts, pad or 0, self.model.device)
             for arm, context in self.arms().items():
                 with context:
                     done = self.model.generate(
                         **given, max_new_tokens=self.options.max_new_tokens, do_sample=False, pad_token_id=pad
                     )
+                width = given["input_ids"].shape[1]
                 texts = self.tokenizer.batch_decode(done[:, width:], skip_special_tokens=True)
                 right[arm] += sum(contains(text, str(row["answer"])) for text, row in zip(texts, part))
         return {arm: count / len(rows) for arm, count in right.items()}

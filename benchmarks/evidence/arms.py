@@ -24,6 +24,7 @@ from candidates import (
 from peft_pte import PTEConfig
 from peft_pte.encoder import ThoughtEncoder
 from peft_pte.stacked import StackedEncoders
+from shared import states_zeroed
 from variants import with_gate, with_orthogonal_query, with_transposed_read, with_values_scaled
 
 EVICTION_RATIO = 0.5  # half the window at once: fewer segments than with the default, and so faster on a CPU
@@ -186,24 +187,6 @@ def states_swapped() -> Iterator[None]:
     with (
         patch.object(ThoughtEncoder, "read_all", swapped),
         patch.object(StackedEncoders, "read", swapped_in_all_layers),
-    ):
-        yield
-
-
-@contextmanager
-def states_zeroed() -> Iterator[None]:
-    """Every state is what it was before the first eviction."""
-    read_all, read = ThoughtEncoder.read_all, StackedEncoders.read
-
-    def zeroed(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return read_all(self, {name: self.start(name, core.shape[0]) for name, core in cores.items()})
-
-    def zeroed_in_all_layers(self: StackedEncoders, cores: torch.Tensor) -> torch.Tensor:
-        return read(self, self.start(cores.shape[1]))
-
-    with (
-        patch.object(ThoughtEncoder, "read_all", zeroed),
-        patch.object(StackedEncoders, "read", zeroed_in_all_layers),
     ):
         yield
 

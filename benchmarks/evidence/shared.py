@@ -1,4 +1,4 @@
-"""What the evidence shares with the examples: the packaged checkpoint, and real text."""
+"""What the evidence shares with the examples: the packaged checkpoint, real text, and a control."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 from checkpoint import prepare
+from controls import states_zeroed
 from real_text import paragraphs
 
-__all__ = ["paragraphs", "prepare"]
+__all__ = ["paragraphs", "prepare", "states_zeroed"]

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from ..config import CachePolicy
+from ..replay.heads import attachment_in
 
 
 class Override(NamedTuple):
@@ -65,9 +66,7 @@ def window(
     Raises:
         ValueError: the model has no PTE adapter, nothing is changed, or a value is one that `PTEConfig` refuses.
     """
-    attachment = next((m.pte_attachment for m in model.modules() if hasattr(m, "pte_attachment")), None)
-    if attachment is None:
-        raise ValueError(f"`model` ({type(model).__name__}) has no PTE adapter: make one with `get_peft_model`.")
+    attachment = attachment_in(model)
     given = dict(window_size=window_size, eviction_ratio=eviction_ratio, retained_prefix=retained_prefix)
     changes = {name: value for name, value in given.items() if value is not None}
     if not changes:

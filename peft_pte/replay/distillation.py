@@ -20,7 +20,19 @@ from torch import nn
 
 from ..config import CachePolicy
 from . import segments
-from .heads import Results, Task, asked, at_tokens, check_model, logits_of, needed_columns, token_results, wants_hidden
+from .heads import (
+    Results,
+    Task,
+    asked,
+    at_tokens,
+    attachment_in,
+    check_model,
+    divided,
+    logits_of,
+    needed_columns,
+    token_results,
+    wants_hidden,
+)
 from .layout import Layout, checked_lengths, gathered
 
 Divergence = Literal["forward", "reverse", "mixed"]
@@ -128,7 +140,7 @@ def refuse_trained_head(top: nn.Module) -> None:
 
 def policy_of(model: nn.Module) -> CachePolicy:
     """The policy that calls of the model run under in this context; of its adapters that are off, if all are."""
-    attachment = next(m.pte_attachment for m in model.modules() if hasattr(m, "pte_attachment"))
+    attachment = attachment_in(model)
     policy = attachment.active()[0] or attachment.resting_policy()
     if policy is None:
         raise ValueError("`model` has no active PTE adapter: choose one with `set_adapter`.")
@@ -219,7 +231,7 @@ def sequence_divergence(
         raise ValueError(
             f"`divergence` is {divergence!r}, but must be one of {', '.join(map(repr, get_args(Divergence)))}."
         )
-    refuse_trained_head(next(m.pte_attachment for m in model.modules() if hasattr(m, "pte_attachment")).top)
+    refuse_trained_head(attachment_in(model).top)
     needed = compared_columns(model, input_ids, attention_mask, prompt_lengths, only_after_eviction)
     if teacher is None:
         teacher = teacher_states(model, input_ids, attention_mask)
@@ -268,6 +280,4 @@ def distillation_loss(
     found = sequence_divergence(
         model, input_ids, attention_mask, prompt_lengths, divergence, temperature, only_after_eviction
     )
-    total = found.values.sum()
-    count = found.counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+    return divided(found.values.sum(), found.counted, num_items_in_batch)

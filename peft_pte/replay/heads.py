@@ -273,8 +273,19 @@ def check_model(model: nn.Module, temperature: float) -> None:
     """Refuse what no head can work with."""
     if not temperature > 0:
         raise ValueError(f"`temperature` is {temperature}, but must be a positive number.")
-    if not any(hasattr(module, "pte_attachment") for module in model.modules()):
-        raise ValueError(f"`model` ({type(model).__name__}) has no PTE adapter: make one with `get_peft_model`.")
+    attachment_in(model)
+
+
+def attachment_in(model: nn.Module) -> Any:
+    """The `pte_attachment` of a model with a PTE adapter, wherever that stands in wrappers.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for module in model.modules():
+        if hasattr(module, "pte_attachment"):
+            return module.pte_attachment
+    raise ValueError(f"`model` ({type(model).__name__}) has no PTE adapter: make one with `get_peft_model`.")
 
 
 def asked(
@@ -333,7 +344,11 @@ def sequence_loss(
             "use `model(..., labels=labels).loss`."
         )
     logprobs, _ = sequence_logprobs(model, input_ids, attention_mask, first_labels(labels))
-    total = -(logprobs * wanted).sum()
-    # Without any labels, as in a micro-batch whose completions were cut off, the loss is zero, and not 0 / 0.
-    count = wanted[:, 1:].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return divided(-(logprobs * wanted).sum(), wanted[:, 1:], num_items_in_batch)
+
+
+def divided(total: torch.Tensor, counted: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """A sum over tokens by their number: of those `counted` (bool) here, unless the `Trainer` says another."""
+    # Without any, as in a micro-batch whose completions were cut off, the loss is zero, and not 0 / 0.
+    count = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)

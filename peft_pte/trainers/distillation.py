@@ -27,6 +27,7 @@ from ..replay.distillation import (
     sequence_divergence,
     teacher_states,
 )
+from ..replay.heads import attachment_in
 from ..replay.segments import Watch, watched
 from .checkpoints import AtomicCheckpoints
 from .rows import Completions, Row, row_of
@@ -155,8 +156,7 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
         processing_class: Any = None,
         **kwargs: Any,
     ):
-        if not any(hasattr(module, "pte_attachment") for module in model.modules()):
-            raise ValueError(f"`model` ({type(model).__name__}) has no PTE adapter: make one with `get_peft_model`.")
+        attachment_in(model)  # which refuses a model without an adapter
         if processing_class is None:
             raise ValueError("`processing_class` is None, but rows of text need the model's tokenizer.")
         pad = processing_class.pad_token_id

@@ -138,6 +138,14 @@ class Completions:
         return [known[self.key(base, prompt)] for prompt in prompts]
 
 
+def left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Prompts as `generate` takes them: `input_ids` and `attention_mask` [B, T], padding in front."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {name: torch.tensor(x, device=device) for name, x in dict(input_ids=ids, attention_mask=mask).items()}
+
+
 def complete(
     model: nn.Module, tokenizer: Any, prompts: list[list[int]], options: Mapping[str, Any], number: int
 ) -> list[list[int]]:
@@ -145,21 +153,20 @@ def complete(
 
     `options`: of `generate`, and `seed`, which is that of the run; `number` makes it that of the batch.
     """
-    width, device = max(map(len, prompts)), next(model.parameters()).device
+    device = next(model.parameters()).device
     end = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    inputs = left_padded(prompts, pad, device)
     given = {name: value for name, value in options.items() if name != "seed"}
     was_training, devices = model.training, [device] if device.type == "cuda" else []
     model.eval()
     try:
         with torch.no_grad(), adapter_off(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(options["seed"] + number)
-            made = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, use_cache=True, **given)
+            made = model.generate(**inputs, pad_token_id=pad, use_cache=True, **given)
     finally:
         model.train(was_training)
-    rows = made[:, width:].tolist()
+    rows = made[:, inputs["input_ids"].shape[1] :].tolist()
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[:length] for row, length in zip(rows, lengths)]

@@ -207,8 +207,9 @@ def export(
         name, config = pte_adapter(adapter, None)
         adapter_weights(adapter, name)
     else:
-        name, config = "default", checked_config(adapter_folder(str(adapter)))
-        weight_names(adapter_folder(str(adapter)))
+        source = adapter_folder(str(adapter))
+        name, config = "default", checked_config(source)
+        weight_names(source)
     inside = "adapter" if name == "default" else f"adapter/{name}"  # where PEFT saves it
     base_config = base.config if isinstance(base, nn.Module) else AutoConfig.from_pretrained(str(base))
     added = entries(base_config.model_type, inside, config, max_prompt_length)
@@ -221,7 +222,7 @@ def export(
     else:
         (folder / inside).mkdir()
         for file in ADAPTER_FILES:
-            shutil.copyfile(adapter_folder(str(adapter)) / file, folder / inside / file)
+            shutil.copyfile(source / file, folder / inside / file)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | added, indent=2) + "\n")
     return folder
