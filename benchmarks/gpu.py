@@ -1,7 +1,7 @@
 """Everything that is to be run on a GPU, in one command and in the order of importance.
 
     python benchmarks/gpu.py                                   # about 10 minutes on one GPU
-    python benchmarks/gpu.py --only kernels encode             # some parts; memory takes the longest
+    python benchmarks/gpu.py --only kernels encode             # some parts; memory and long take the longest
     python benchmarks/gpu.py --device cpu --shapes small --lengths 1024 2048   # the same path without a GPU
     python benchmarks/plot.py                                  # pictures of what there is
 
@@ -24,6 +24,7 @@ import torch
 from gpu_checks import check_kernels, check_models
 from gpu_kernels import measure_apply, measure_encode
 from gpu_models import measure_decode, measure_memory, measure_train
+from long_generation import measure_long
 from measuring import Results
 from packaging.version import Version
 
@@ -37,6 +38,7 @@ MEASUREMENTS = {
     "decode": measure_decode,
     "train": measure_train,
     "memory": measure_memory,
+    "long": measure_long,
 }
 
 
@@ -57,10 +59,17 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--shapes", nargs="+", default=["qwen2.5-3b", "llama-8b", "qwen2.5-7b"])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[3072, 8192, 16384, 32768, 65536], help="for memory")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[3072, 8192, 16384, 32768, 65536],
+        help="for memory; the last one for long",
+    )
     parser.add_argument("--window-size", type=int, default=1024)
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing new is begun after that")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder")
+    parser.add_argument("--layers", type=int, help="for long: fewer than the shape has")
     options = parser.parse_args()
     options.start = time.time()
     if options.device == "cuda":

@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, shape: str) -> Sizes:
         with torch.device("meta"):
-            config = memory.SHAPES[shape]().config
+            config = memory.SHAPES[shape]()
         head_dim = config.hidden_size // config.num_attention_heads
         outputs = tuple(n * head_dim for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2))
         return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim, config.hidden_size, outputs)

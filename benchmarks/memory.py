@@ -30,57 +30,69 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from peft_pte import PTEConfig, sequence_logprobs
 from peft_pte.replay.segments import host_copy
 
 PROMPT = 64
-SHAPES: dict[str, Callable[[], torch.nn.Module]] = {
-    "small": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=2048,
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=65536,
-        )
+LLAMA3_ROPE: dict[str, Any] = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+# Qwen2.5-3B-Instruct, Qwen2.5-7B-Instruct, DeepSeek-R1-Distill-Llama-8B, by the values of their config.json.
+SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "small": lambda: LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=65536,
     ),
-    "qwen2.5-3b": lambda: Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=151936,
-            hidden_size=2048,
-            intermediate_size=11008,
-            num_hidden_layers=36,
-            num_attention_heads=16,
-            num_key_value_heads=2,
-            max_position_embeddings=131072,
-            tie_word_embeddings=True,
-        )
+    "qwen2.5-3b": lambda: Qwen2Config(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+        tie_word_embeddings=True,
+        bos_token_id=151643,
+        eos_token_id=151645,
     ),
-    "qwen2.5-7b": lambda: Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=152064,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            max_position_embeddings=131072,
-        )
+    "qwen2.5-7b": lambda: Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+        bos_token_id=151643,
+        eos_token_id=151645,
     ),
-    "llama-8b": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=131072,
-        )
+    "llama-8b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters=dict(rope_theta=5e5, **LLAMA3_ROPE),
+        bos_token_id=128000,
+        eos_token_id=128001,
     ),
 }
 # Name: (adapter or PTE's gradient, gradient checkpointing, log-probability head instead of logits).
@@ -141,14 +153,17 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def make_model(shape: str, adapter: str, checkpointing: bool, window: int, device: str) -> torch.nn.Module:
+def make_base(shape: str, device: str, layers: int | None = None) -> torch.nn.Module:
+    """With random weights, in float32 on the CPU and in bfloat16 elsewhere; `layers`: fewer than the shape has."""
+    config = SHAPES[shape]()
+    config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device(device):
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        old = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        base = SHAPES[shape]()
-        torch.set_default_dtype(old)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def make_model(shape: str, adapter: str, checkpointing: bool, window: int, device: str) -> torch.nn.Module:
+    base = make_base(shape, device)
     if adapter == "lora":
         config = LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     else:

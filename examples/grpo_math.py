@@ -13,7 +13,8 @@ stand.
 
 `--tiny` trains a small Llama from scratch on chains of additions modulo ten. It thinks step by step, and the answer is
 an earlier result, which has left the window by then in most problems. With its full cache the base does the task; then
-the arm gets a short supervised start under the window, which stops while it is right only sometimes, and GRPO goes on.
+the arm gets a short start under the window, supervised or (`--start distilled`) by the base's own thoughts, which stops
+while it is right only sometimes, and GRPO goes on.
 
 Runs are in `--output`/<arm>-<seed>: adapter, TensorBoard logs, and checkpoints. A run may be killed at any moment;
 `--resume` goes on from its last complete checkpoint.
@@ -27,10 +28,9 @@ import importlib.util
 import json
 import math
 import os
-import random
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +38,16 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_pte import PTECache, PTEConfig
 from peft_pte.trainers.checkpoints import AtomicCheckpoints
 from peft_pte.trainers.grpo import PTEGRPOTrainer
+from tiny_chains import Chains, distilled_start, supervised_start
 
 Row = dict[str, Any]
-Batch = dict[str, torch.Tensor]
 
 # What --tiny changes: sizes, and a learning rate for a model of 64 dimensions.
 TINY = dict(
@@ -119,130 +111,6 @@ def math_reward(completions: list[list[Row]], answer: list[str], **kwargs: Any) 
 
     golds = [parse(f"\\boxed{{{gold}}}") for gold in answer]
     return [float(verify(gold, parse(done[0]["content"]))) for gold, done in zip(golds, completions)]
-
-
-# ----------------------------------------------------------------------------------------------------------- tiny task
-
-
-class Chains:
-    """prompt: a +3 b +7 c +1 ... ? c | thoughts: a +3 3 b +7 0 c +1 1 ... so c 1
-
-    A step takes an operand from the prompt, which stays, and the result before it. The answer is the result of a chosen
-    step: a sum of three operands or more, which the model has thought, but which has left the window unless it is late.
-    """
-
-    NAMES = "abcdefgh"
-    ASKED = range(2, 8)
-    WORDS = ("<pad>", "<eos>", "<user>", "<assistant>", "?", "so", *NAMES)
-    VOCAB = {word: i for i, word in enumerate((*WORDS, *map(str, range(10)), *(f"+{i}" for i in range(10))))}
-
-    @classmethod
-    def tokenizer(cls) -> PreTrainedTokenizerFast:
-        backend = Tokenizer(models.WordLevel(cls.VOCAB, unk_token="<pad>"))
-        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-        tokenizer.chat_template = (
-            "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}"
-            "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-        )
-        return tokenizer
-
-    @classmethod
-    def problem(cls, rng: random.Random, questions: int = 1) -> Row:
-        operands = [rng.randrange(10) for _ in cls.NAMES]
-        results = [sum(operands[: i + 1]) % 10 for i in range(len(operands))]
-        steps = [f"{name} +{operand}" for name, operand in zip(cls.NAMES, operands)]
-        asked = rng.sample(cls.ASKED, questions)
-        thoughts = [f"{step} {result}" for step, result in zip(steps, results)]
-        return dict(
-            prompt=" ".join([*steps, "?", *(cls.NAMES[i] for i in asked)]),
-            thoughts=" ".join([*thoughts, "so", *(f"{cls.NAMES[i]} {results[i]}" for i in asked)]),
-            answer=str(results[asked[-1]]),
-        )
-
-    @classmethod
-    def problems(cls, size: int, seed: int) -> Dataset:
-        rng = random.Random(seed)
-        rows = [cls.problem(rng) for _ in range(size)]
-        return Dataset.from_list([dict(row, prompt=[dict(role="user", content=row["prompt"])]) for row in rows])
-
-    @classmethod
-    def batches(cls, size: int, seed: int, questions: tuple[int, ...] = (1,)) -> Iterator[Batch]:
-        """Endless supervised batches; all rows of one have the same layout."""
-        rng = random.Random(seed)
-        while True:
-            asked = rng.choice(questions)
-            rows = [cls.problem(rng, asked) for _ in range(size)]
-            lines = [f"<user> {r['prompt']} <assistant> {r['thoughts']} <eos>".split() for r in rows]
-            ids = torch.tensor([[cls.VOCAB[word] for word in line] for line in lines])
-            labels = ids.clone()
-            labels[:, : lines[0].index("<assistant>") + 1] = -100
-            yield dict(input_ids=ids, labels=labels)
-
-    @staticmethod
-    def reward(completions: list[list[Row]], answer: list[str], **kwargs: Any) -> list[float]:
-        """1 if what is said after "so" ends with the answer."""
-        words = [completion[0]["content"].split() for completion in completions]
-        return [float("so" in line and line[-1] == right) for line, right in zip(words, answer)]
-
-    @classmethod
-    def make_base(cls, folder: Path, steps: int, seed: int) -> None:
-        """A small Llama, trained with its full cache. More questions a problem make it learn to look back sooner."""
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(cls.VOCAB),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            initializer_range=0.05,
-            max_position_embeddings=1024,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-        model = LlamaForCausalLM(config)
-        torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)
-        supervise(model, cls.batches(32, seed, questions=(1, 4, 4)), steps, learning_rate=3e-3, until=0.01)
-        staging = folder.with_name(f"_{folder.name}")  # a base that is there is complete
-        model.save_pretrained(staging)
-        cls.tokenizer().save_pretrained(staging)
-        os.replace(staging, folder)
-
-    @classmethod
-    @torch.no_grad()
-    def accuracy(cls, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:
-        """Greedy, on held-out problems."""
-        problems = cls.problems(512, seed=12345)
-        template = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True)
-        inputs = tokenizer.apply_chat_template(list(problems["prompt"]), **template)
-        model.eval()
-        out = model.generate(**inputs, max_new_tokens=32, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        model.train()
-        done = [[dict(content=text)] for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
-        return sum(cls.reward(done, problems["answer"])) / len(done)
-
-
-def supervise(
-    model: torch.nn.Module, batches: Iterator[Batch], steps: int, learning_rate: float, until: float = 0.0
-) -> None:
-    """Next-token training of what is trainable, for `steps` at most; under the window if the model has one."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.95))
-    average, tail, step = 3.0, 100, 0
-    model.train()
-    while tail and step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 20) * tail / 100
-        loss = model(**next(batches), use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        average += 0.05 * (loss.item() - average)
-        tail -= average < until  # from then on the rate goes to zero
-        step += 1
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -438,7 +306,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--tiny", action="store_true", help="the whole job offline, on one CPU core")
     add("--base-steps", type=int, default=3000, help="--tiny: steps of the base model, at most")
-    add("--start-steps", type=int, default=60, help="--tiny: supervised steps of the arm before GRPO")
+    add("--start", choices=["supervised", "distilled"], default="supervised", help="--tiny: distilled: from itself")
+    add("--start-steps", type=int, default=60, help="--tiny: steps of the arm before GRPO")
     add("--plot", type=Path, metavar="CSV", help="only gather the logs in --output in this file, and draw it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
@@ -486,9 +355,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"base, full cache: {Chains.accuracy(base, tokenizer):.3f} right")
     model = attach(base, options)
     if options.tiny and not checkpoint:
-        supervise(model, Chains.batches(64, options.seed + 1), options.start_steps, learning_rate=5e-3)
+        if options.start == "distilled":
+            distilled_start(model, tokenizer, options.start_steps, options.seed + 1)
+        else:
+            supervised_start(model, options.start_steps, options.seed + 1)
         accuracy[0] = Chains.accuracy(model, tokenizer)
-        print(f"{options.arm}, supervised start: {accuracy[0]:.3f} right")
+        print(f"{options.arm}, {options.start} start: {accuracy[0]:.3f} right")
     trainer = make_trainer(options, model, tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
