@@ -15,6 +15,9 @@ import pytest
 import torch
 from models import tiny_model, with_adapter
 
+import tiny_chains
+from tiny_chains import Chains
+
 pytest.importorskip("trl", reason="TRL is an optional dependency: pip install peft-pte[grpo]")
 pytest.importorskip("tensorboard", reason="the example logs to TensorBoard: pip install peft-pte[grpo]")
 
@@ -50,11 +53,22 @@ def tensorboard_tags(run: Path) -> set[str]:
     return tags
 
 
-@pytest.mark.parametrize("arm", ["pte", "lora"])
-def test_tiny_job_logs_and_resumes(example: ModuleType, tmp_path: Path, arm: str) -> None:
+@pytest.mark.parametrize(("arm", "start"), [("pte", "distilled"), ("lora", "supervised")])
+def test_tiny_job_logs_and_resumes(example: ModuleType, tmp_path: Path, arm: str, start: str) -> None:
     """A second call with --resume goes on from the last complete checkpoint, with the steps before it in the log."""
     tiny = ["--tiny", "--arm", arm, "--output", str(tmp_path), "--base-steps", "3", "--start-steps", "3"]
-    tiny += ["--batch-size", "8", "--per-device-batch-size", "8", "--num-generations", "4", "--save-steps", "2"]
+    tiny += [
+        "--start",
+        start,
+        "--batch-size",
+        "8",
+        "--per-device-batch-size",
+        "8",
+        "--num-generations",
+        "4",
+        "--save-steps",
+        "2",
+    ]
     example.main([*tiny, "--max-steps", "2"])
     run = tmp_path / f"{arm}-0"
     assert (run / "checkpoint-2" / "adapter_model.safetensors").exists()
@@ -125,7 +139,7 @@ def test_checkpoint_and_json_lines(example: ModuleType, tmp_path: Path) -> None:
     """What a user runs: a local checkpoint, problems in a file, answers checked by math-verify."""
     pytest.importorskip("math_verify", reason="the reward needs math-verify: pip install peft-pte[grpo]")
     tiny_model("llama", torch.float32).save_pretrained(tmp_path / "model")
-    example.Chains.tokenizer().save_pretrained(tmp_path / "model")
+    Chains.tokenizer().save_pretrained(tmp_path / "model")
     lines = [json.dumps(dict(prompt=f"a +{i} ? a", answer=i)) for i in range(8)]
     (tmp_path / "problems.jsonl").write_text("\n".join(lines))
     options = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "problems.jsonl")]
@@ -179,3 +193,36 @@ def test_dapo_columns(example: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "dapo.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     problems = example.load_problems(example.arguments(["--dataset", str(tmp_path / "dapo.jsonl")]))
     assert problems.to_list() == [dict(prompt=row["prompt"], answer="2")]
+
+
+@pytest.mark.parametrize("arm", ["pte", "lora"])
+def test_distilled_start(example: ModuleType, tmp_path: Path, arm: str) -> None:
+    """Thoughts are the base's under its full cache, whatever the adapter says, and the start brings the arm nearer."""
+    options = example.arguments(["--tiny", "--arm", arm])
+    Chains.make_base(tmp_path / "base", 60, 0)
+    tokenizer = example.AutoTokenizer.from_pretrained(tmp_path / "base", padding_side="left")
+    torch.manual_seed(0)
+    model = example.attach(example.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), options)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).add_(0.1)  # any adapter that does something
+    batch = next(tiny_chains.own_thoughts(model, tokenizer, seed=1, size=16, count=16))
+    ids, mask, width = batch["input_ids"], batch["attention_mask"].bool(), batch["prompt_lengths"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    assert ids.shape[1] - width == 32 and bool(mask[:, width].all())  # a base that rarely stops
+    for row, valid in zip(ids[:, width:], mask[:, width:]):
+        thought = row[valid].tolist()
+        assert tokenizer.eos_token_id not in thought[:-1] and not valid[len(thought) :].any()
+    base = example.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    batch = next(tiny_chains.own_thoughts(model, tokenizer, seed=1, size=256, count=256))
+    with torch.no_grad():
+        logits = base(batch["input_ids"][:, :-1], attention_mask=batch["attention_mask"][:, :-1]).logits
+    logprobs = logits.log_softmax(-1)[:, width - 1 :]
+    taken = logprobs.gather(-1, batch["input_ids"][:, width:, None])[..., 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    thoughts = batch["attention_mask"][:, width:].bool()
+    assert abs(float((-taken - entropy)[thoughts].mean())) < 0.05  # drawn from the base's distribution
+    before = float(tiny_chains.distillation_loss(model, **batch))
+    tiny_chains.distilled_start(model, tokenizer, 12, seed=1)
+    assert float(tiny_chains.distillation_loss(model.eval(), **batch)) < 0.8 * before
