@@ -57,18 +57,8 @@ def tensorboard_tags(run: Path) -> set[str]:
 def test_tiny_job_logs_and_resumes(example: ModuleType, tmp_path: Path, arm: str, start: str) -> None:
     """A second call with --resume goes on from the last complete checkpoint, with the steps before it in the log."""
     tiny = ["--tiny", "--arm", arm, "--output", str(tmp_path), "--base-steps", "3", "--start-steps", "3"]
-    tiny += [
-        "--start",
-        start,
-        "--batch-size",
-        "8",
-        "--per-device-batch-size",
-        "8",
-        "--num-generations",
-        "4",
-        "--save-steps",
-        "2",
-    ]
+    tiny += ["--start", start, "--save-steps", "2"]
+    tiny += ["--batch-size", "8", "--per-device-batch-size", "8", "--num-generations", "4"]
     example.main([*tiny, "--max-steps", "2"])
     run = tmp_path / f"{arm}-0"
     assert (run / "checkpoint-2" / "adapter_model.safetensors").exists()
@@ -199,7 +189,7 @@ def test_dapo_columns(example: ModuleType, tmp_path: Path) -> None:
 def test_distilled_start(example: ModuleType, tmp_path: Path, arm: str) -> None:
     """Thoughts are the base's under its full cache, whatever the adapter says, and the start brings the arm nearer."""
     options = example.arguments(["--tiny", "--arm", arm])
-    Chains.make_base(tmp_path / "base", 60, 0)
+    Chains.make_base(tmp_path / "base", 30, 0)
     tokenizer = example.AutoTokenizer.from_pretrained(tmp_path / "base", padding_side="left")
     torch.manual_seed(0)
     model = example.attach(example.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), options)
@@ -215,7 +205,7 @@ def test_distilled_start(example: ModuleType, tmp_path: Path, arm: str) -> None:
         thought = row[valid].tolist()
         assert tokenizer.eos_token_id not in thought[:-1] and not valid[len(thought) :].any()
     base = example.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    batch = next(tiny_chains.own_thoughts(model, tokenizer, seed=1, size=256, count=256))
+    batch = next(tiny_chains.own_thoughts(model, tokenizer, seed=1, size=128, count=128))
     with torch.no_grad():
         logits = base(batch["input_ids"][:, :-1], attention_mask=batch["attention_mask"][:, :-1]).logits
     logprobs = logits.log_softmax(-1)[:, width - 1 :]
@@ -225,6 +215,6 @@ def test_distilled_start(example: ModuleType, tmp_path: Path, arm: str) -> None:
     assert abs(float((-taken - entropy)[thoughts].mean())) < 0.05  # drawn from the base's distribution
     with torch.no_grad():
         before = float(tiny_chains.distillation_loss(model, **batch))
-    tiny_chains.distilled_start(model, tokenizer, 15, seed=1)
+    tiny_chains.distilled_start(model, tokenizer, 8, seed=1)
     with torch.no_grad():
-        assert float(tiny_chains.distillation_loss(model.eval(), **batch)) < 0.9 * before
+        assert float(tiny_chains.distillation_loss(model.eval(), **batch)) < 0.95 * before
