@@ -108,6 +108,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
         served(SimpleNamespace(model="base", hf_config=SimpleNamespace()))
 
 
+def test_an_adapter_that_is_saved_again_is_read_again(tmp_path: Path) -> None:
+    """By the next engine; one that runs keeps what it was built on."""
+    first = saved(tmp_path, window_size=8)
+    folder = export(tmp_path / "base", first, tmp_path / "served")
+    running = model_config(folder)
+    assert served(running).config.window_size == 8
+    with_adapter(tiny_model("qwen2", torch.float32), window_size=9).save_pretrained(folder / "adapter")
+    assert served(model_config(folder)).config.window_size == 9
+    assert served(running).config.window_size == 8
+
+
 def test_names_of_weights() -> None:
     prefix = "base_model.model.model.layers.3.self_attn"
     here = "model.layers.3.self_attn"

@@ -6,7 +6,6 @@ In the model's configuration stand `architectures` with a name of ours (models.p
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from ..static import pte_adapter
 
 # By the model type of the base. The names under which models.py is registered.
 ARCHITECTURES = {"llama": "PTELlamaForCausalLM", "qwen2": "PTEQwen2ForCausalLM", "qwen3": "PTEQwen3ForCausalLM"}
+KEPT = "pte_served"  # the attribute of vLLM's `ModelConfig`; processes of an engine get it along
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 # What a model's folder holds besides weights: configurations, tokenizer, chat template.
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -55,21 +55,27 @@ class Served(NamedTuple):
 
 
 def served(model_config: Any) -> Served:
-    """The adapter that vLLM's `ModelConfig` names.
+    """The adapter that vLLM's `ModelConfig` names. It is read once for each such object, and stays with it.
+
+    A running engine keeps the configuration that it was built on, whatever is saved in the folder later; the next
+    engine reads what is there then.
 
     Raises:
         ValueError: the configuration names none.
     """
+    if (found := vars(model_config).get(KEPT)) is not None:
+        return found
     entry = getattr(model_config.hf_config, "pte", None)
     if not isinstance(entry, dict) or set(entry) != {"adapter", "max_prompt_length"}:
         raise ValueError(
             f"The model's configuration has `pte` = {entry!r}, but must name an adapter. Write the folder with "
             "`peft_pte.vllm.export`, or take `hf_overrides=peft_pte.vllm.overrides(...)`."
         )
-    return read(str(model_config.model), str(entry["adapter"]), int(entry["max_prompt_length"]))
+    found = read(str(model_config.model), str(entry["adapter"]), int(entry["max_prompt_length"]))
+    setattr(model_config, KEPT, found)
+    return found
 
 
-@functools.lru_cache
 def read(model: str, adapter: str, max_prompt_length: int) -> Served:
     """As `served`. `adapter`: a folder, also one inside of the model's, or a name on the Hub."""
     parent = Path(model)
