@@ -216,7 +216,7 @@ def export(
         source = adapter_folder(str(adapter))
         name, config = "default", checked_config(source)
         weight_names(source)
-    inside = "adapter" if name == "default" else f"adapter/{name}"  # where PEFT saves it
+    inside = saved_in(name)
     base_config = base.config if isinstance(base, nn.Module) else AutoConfig.from_pretrained(str(base))
     added = entries(base_config.model_type, inside, config, max_prompt_length)
     if isinstance(base, nn.Module):
@@ -229,9 +229,19 @@ def export(
         (folder / inside).mkdir()
         for file in ADAPTER_FILES:
             shutil.copyfile(source / file, folder / inside / file)
+    add_entries(folder, added)
+    return folder
+
+
+def saved_in(adapter_name: str) -> str:
+    """Where PEFT saves an adapter inside of a model's folder here."""
+    return "adapter" if adapter_name == "default" else f"adapter/{adapter_name}"
+
+
+def add_entries(folder: Path, added: dict[str, Any]) -> None:
+    """Put entries into the configuration of a model's folder."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | added, indent=2) + "\n")
-    return folder
 
 
 def copy_model(base: str | os.PathLike[str], folder: Path) -> None:
