@@ -50,7 +50,8 @@ def colocated_engine(
         model: its active adapter is served. Weights are copied; `update_adapter` sends later ones.
         tokenizer: for its end-of-sequence token and for stop strings.
         max_prompt_length: as of `peft_pte.vllm.export`.
-        options: of `vllm.LLM`. Model, tokenizer and how they are loaded are set here.
+        options: of `vllm.LLM`. Model, tokenizer and how they are loaded are set here. The engine must run in this
+            process: `distributed_executor_backend="external_launcher"`, or VLLM_ENABLE_V1_MULTIPROCESSING=0.
 
     Raises:
         ValueError: as `export`; or the base model is quantised.
