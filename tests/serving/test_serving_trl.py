@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +101,32 @@ def test_rollouts_of_an_engine_in_the_process(tmp_path: Path, options: dict[str,
     with running(tmp_path, **options) as run:
         run.train()
     check(run)
+
+
+JOB = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_serving_trl import check, running
+
+if __name__ == "__main__":
+    with running(Path(sys.argv[1]), ddp_find_unused_parameters=False) as run:
+        run.train()
+        assert run.accelerator.num_processes == 2
+        check(run)
+    print(f"process {{run.accelerator.process_index}} as expected", flush=True)
+"""
+
+
+def test_rollouts_of_two_processes(tmp_path: Path) -> None:
+    """DDP: each has an engine of its own, and prompts of its own."""
+    here = Path(__file__).parent
+    (tmp_path / "job.py").write_text(JOB.format(paths=[str(here), str(here.parent)]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "job.py"), str(tmp_path / "run")]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    for process in range(2):
+        assert f"process {process} as expected" in job.stdout, job.stdout[-2000:] + job.stderr[-4000:]
 
 
 def test_rollouts_of_a_server(tmp_path: Path) -> None:
