@@ -125,3 +125,10 @@ def test_servers_that_are_refused(tmp_path: Path) -> None:
     run = with_server(tmp_path, Server(running=2))
     with pytest.raises(ValueError, match="has 2 unfinished requests"):
         run.vllm_generation.sync_weights()
+
+
+def test_a_base_that_is_trained_too_is_refused(tmp_path: Path) -> None:
+    run = with_server(tmp_path, Server())
+    run.model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"The base model is trained, too \(model.norm.weight\)"):
+        run.vllm_generation.sync_weights()

@@ -17,6 +17,7 @@ from trl.trainer.utils import ensure_master_addr_port
 
 from ..config import PTEConfig
 from ..static import pte_adapter
+from ..vllm.folder import base_weights
 from ..vllm.update import update_adapter, update_arguments
 
 # In `generation_kwargs`: what the trainer takes from elsewhere, or counts on.
@@ -167,8 +168,14 @@ class PTEGeneration(VLLMGeneration):
         """Send the adapter's weights.
 
         Raises:
-            ValueError: the engine has requests that are not finished, or serves another adapter.
+            ValueError: the engine has requests that are not finished, or serves another adapter; or more than the
+                adapter is trained.
         """
+        if trained := [name for name, weight in base_weights(self.model) if weight.requires_grad]:
+            raise ValueError(
+                f"The base model is trained, too ({', '.join(trained[:3])}), but only the adapter's weights are sent "
+                "to vLLM. Freeze it, or roll out with `generate` (`use_vllm=False`)."
+            )
         if self.mode == "colocate":
             update_adapter(self.llm, self.model)
         elif self.accelerator.is_main_process:

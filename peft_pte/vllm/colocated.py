@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from ..encoder import ENCODER_NAME
 from ..static import pte_adapter
-from .folder import adapter_weights, add_entries, entries, saved_in
+from .folder import adapter_weights, add_entries, base_weights, entries, saved_in
 
 LOAD_FORMAT = "pte_model_in_memory"
 current_model: ContextVar[PeftModel] = ContextVar("pte_model_in_memory")
-
-
-def base_weights(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of the base model by the names that they have without an adapter."""
-    for name, parameter in model.get_base_model().named_parameters():
-        if ".pte_" not in name and ENCODER_NAME not in name.split("."):
-            yield name.replace(".base_layer.", "."), parameter.detach()
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -38,7 +28,7 @@ class MemoryLoader(BaseModelLoader):
         """Nothing is to be fetched."""
 
     def load_weights(self, model: Any, model_config: Any) -> None:
-        model.load_weights(base_weights(current_model.get()))
+        model.load_weights((name, weight.detach()) for name, weight in base_weights(current_model.get()))
 
 
 def colocated_engine(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..config import PTEConfig
+from ..encoder import ENCODER_NAME
 from ..static import pte_adapter
 
 # By the model type of the base. The names under which models.py is registered.
@@ -138,6 +140,13 @@ def adapter_weights(model: PeftModel, adapter_name: str) -> dict[str, torch.Tens
     """An adapter's weights by their names in the model under vLLM, on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {engine_name(name): weight.detach().cpu().contiguous() for name, weight in state.items()}
+
+
+def base_weights(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of the base model by the names that they have without an adapter."""
+    for name, parameter in model.get_base_model().named_parameters():
+        if ".pte_" not in name and ENCODER_NAME not in name.split("."):
+            yield name.replace(".base_layer.", "."), parameter
 
 
 def entries(model_type: str, adapter: str, config: PTEConfig, max_prompt_length: int) -> dict[str, Any]:
