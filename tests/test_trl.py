@@ -406,7 +406,6 @@ def test_mixins_are_named_before_the_trainer() -> None:
     [
         (dict(generation_kwargs=dict(num_beams=2)), "`num_beams=2` in `generation_kwargs`"),
         (dict(generation_kwargs=dict(prompt_lookup_num_tokens=2)), "`prompt_lookup_num_tokens` in `generation_kwargs`"),
-        (dict(use_vllm=True), "`use_vllm=True` is not supported with PTE"),
         (dict(use_transformers_continuous_batching=True), "paged cache holds no thought states"),
         (dict(entropy_coef=0.1), "An entropy bonus"),
     ],

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_pte import PTEConfig
 from peft_pte.vllm import export, overrides
-from peft_pte.vllm.folder import engine_name, served, weight_names
+from peft_pte.vllm.folder import base_weights, engine_name, served, weight_names
 from peft_pte.vllm.plugin import refuse_base
 
 
@@ -106,6 +106,25 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "lm_head.*`modules_to_save`", adapter=more)
     with pytest.raises(ValueError, match="`pte` = None.*peft_pte.vllm.export"):
         served(SimpleNamespace(model="base", hf_config=SimpleNamespace()))
+
+
+def test_an_adapter_that_is_saved_again_is_read_again(tmp_path: Path) -> None:
+    """By the next engine; one that runs keeps what it was built on."""
+    first = saved(tmp_path, window_size=8)
+    folder = export(tmp_path / "base", first, tmp_path / "served")
+    running = model_config(folder)
+    assert served(running).config.window_size == 8
+    with_adapter(tiny_model("qwen2", torch.float32), window_size=9).save_pretrained(folder / "adapter")
+    assert served(model_config(folder)).config.window_size == 9
+    assert served(running).config.window_size == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_weights_of_the_base_have_their_own_names(family: str) -> None:
+    base = tiny_model(family, torch.float32)
+    own = {name: weight.clone() for name, weight in base.named_parameters()}
+    found = dict(base_weights(with_adapter(base)))
+    assert set(found) == set(own) and all(torch.equal(found[name], weight) for name, weight in own.items())
 
 
 def test_names_of_weights() -> None:

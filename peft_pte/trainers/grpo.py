@@ -6,6 +6,7 @@ TRL's own trainers work with PTE as they are; see docs/training.md. Needs `pip i
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -16,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..config import PTEConfig
 from ..hooks.generation import REFUSED_GENERATION, SampledLogProbs, current_recorder
 from ..replay.heads import sequence_logprobs
+from ..static import pte_adapter
 from .checkpoints import AtomicCheckpoints
 
 
@@ -30,28 +32,38 @@ class PTEGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
       log-probability of every token it draws, at the temperature and before top-k, top-p and min-p cut the
       distribution. Before the first optimizer step on a rollout they are 1, unless penalties and other logits
       processors change what is drawn from; a warning then says so.
+    - With `use_vllm=True` rollouts run under vLLM, with the adapter in the engine (docs/vllm.md); the same is logged.
     - Checkpoints are complete or not there, whenever the run is killed (`AtomicCheckpoints`).
 
     Raises:
-        ValueError: vLLM, continuous batching (paged caches), tools, environments, a rollout function, beams or an
-            entropy bonus are asked for.
+        ValueError: continuous batching (paged caches), tools, environments, a rollout function, beams or an entropy
+            bonus are asked for; or, with `use_vllm=True`, something that PTE has not under vLLM.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         call = signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         refuse_arguments(call)
-        warn_of_processors(call.get("args"))
         model, config = call.get("model"), call.get("peft_config")
         has_adapter = isinstance(model, nn.Module) and any(hasattr(m, "pte_attachment") for m in model.modules())
         if not isinstance(config, PTEConfig) and not has_adapter:
             raise ValueError("The model has no PTE adapter: pass `peft_config=PTEConfig(...)` or a model with one.")
+        rollouts: AbstractContextManager[None] = nullcontext()
+        if getattr(call.get("args"), "use_vllm", False):
+            from .rollouts import refuse_vllm, vllm_generation  # of all that is here, most bound to a version of TRL
+
+            refuse_vllm(call["args"], pte_adapter(model, None)[1] if has_adapter else call["peft_config"])
+            rollouts = vllm_generation()
+        warn_of_processors(call.get("args"))
         self._sampling: tuple[torch.Tensor, torch.Tensor] | None = None
-        super().__init__(*args, **kwargs)
+        with rollouts:
+            super().__init__(*args, **kwargs)
         if "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]]]:
         """Rollouts, with the log-probabilities that they were drawn with."""
+        if self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
         recorder = SampledLogProbs(self.temperature)
         token = current_recorder.set(recorder)
         try:
@@ -107,8 +119,6 @@ class PTEGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
 def refuse_arguments(call: dict[str, Any]) -> None:
     """Settings that PTE cannot honour, before anything is built. `call`: the trainer's arguments by name."""
     args: GRPOConfig | None = call.get("args")
-    if getattr(args, "use_vllm", False):
-        raise ValueError("`use_vllm=True` is not supported with PTE: vLLM's paged cache holds no thought states.")
     if getattr(args, "use_transformers_continuous_batching", False):
         raise ValueError(
             "`use_transformers_continuous_batching=True` is not supported with PTE: its paged cache holds no thought "
@@ -141,6 +151,8 @@ UNCHANGING = {
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "do_sample", "num_beams", "num_return_sequences"),
     *("max_new_tokens", "max_length", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
     *("use_cache", "return_dict_in_generate", "output_scores", "output_logits", "disable_compile", "max_time"),
+    # of vLLM
+    *("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "detokenize"),
 }
 
 
@@ -150,6 +162,8 @@ def warn_of_processors(args: GRPOConfig | None) -> None:
     penalty = getattr(args, "repetition_penalty", 1.0)
     if penalty not in (None, 1.0):
         options["repetition_penalty"] = penalty
+    if args is not None and args.use_vllm and args.vllm_structured_outputs_regex is not None:
+        options["vllm_structured_outputs_regex"] = args.vllm_structured_outputs_regex
     changing = [f"{name}={value!r}" for name, value in options.items() if name not in UNCHANGING]
     if changing:
         warnings.warn(

@@ -6,11 +6,11 @@ In the model's configuration stand `architectures` with a name of ours (models.p
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +23,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..config import PTEConfig
+from ..encoder import ENCODER_NAME
 from ..static import pte_adapter
 
 # By the model type of the base. The names under which models.py is registered.
 ARCHITECTURES = {"llama": "PTELlamaForCausalLM", "qwen2": "PTEQwen2ForCausalLM", "qwen3": "PTEQwen3ForCausalLM"}
+KEPT = "pte_served"  # the attribute of vLLM's `ModelConfig`; processes of an engine get it along
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 # What a model's folder holds besides weights: configurations, tokenizer, chat template.
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -55,21 +57,27 @@ class Served(NamedTuple):
 
 
 def served(model_config: Any) -> Served:
-    """The adapter that vLLM's `ModelConfig` names.
+    """The adapter that vLLM's `ModelConfig` names. It is read once for each such object, and stays with it.
+
+    A running engine keeps the configuration that it was built on, whatever is saved in the folder later; the next
+    engine reads what is there then.
 
     Raises:
         ValueError: the configuration names none.
     """
+    if (found := vars(model_config).get(KEPT)) is not None:
+        return found
     entry = getattr(model_config.hf_config, "pte", None)
     if not isinstance(entry, dict) or set(entry) != {"adapter", "max_prompt_length"}:
         raise ValueError(
             f"The model's configuration has `pte` = {entry!r}, but must name an adapter. Write the folder with "
             "`peft_pte.vllm.export`, or take `hf_overrides=peft_pte.vllm.overrides(...)`."
         )
-    return read(str(model_config.model), str(entry["adapter"]), int(entry["max_prompt_length"]))
+    found = read(str(model_config.model), str(entry["adapter"]), int(entry["max_prompt_length"]))
+    setattr(model_config, KEPT, found)
+    return found
 
 
-@functools.lru_cache
 def read(model: str, adapter: str, max_prompt_length: int) -> Served:
     """As `served`. `adapter`: a folder, also one inside of the model's, or a name on the Hub."""
     parent = Path(model)
@@ -132,6 +140,13 @@ def adapter_weights(model: PeftModel, adapter_name: str) -> dict[str, torch.Tens
     """An adapter's weights by their names in the model under vLLM, on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {engine_name(name): weight.detach().cpu().contiguous() for name, weight in state.items()}
+
+
+def base_weights(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of the base model by the names that they have without an adapter."""
+    for name, parameter in model.get_base_model().named_parameters():
+        if ".pte_" not in name and ENCODER_NAME not in name.split("."):
+            yield name.replace(".base_layer.", "."), parameter
 
 
 def entries(model_type: str, adapter: str, config: PTEConfig, max_prompt_length: int) -> dict[str, Any]:
@@ -210,7 +225,7 @@ def export(
         source = adapter_folder(str(adapter))
         name, config = "default", checked_config(source)
         weight_names(source)
-    inside = "adapter" if name == "default" else f"adapter/{name}"  # where PEFT saves it
+    inside = saved_in(name)
     base_config = base.config if isinstance(base, nn.Module) else AutoConfig.from_pretrained(str(base))
     added = entries(base_config.model_type, inside, config, max_prompt_length)
     if isinstance(base, nn.Module):
@@ -223,9 +238,19 @@ def export(
         (folder / inside).mkdir()
         for file in ADAPTER_FILES:
             shutil.copyfile(source / file, folder / inside / file)
+    add_entries(folder, added)
+    return folder
+
+
+def saved_in(adapter_name: str) -> str:
+    """Where PEFT saves an adapter inside of a model's folder here."""
+    return "adapter" if adapter_name == "default" else f"adapter/{adapter_name}"
+
+
+def add_entries(folder: Path, added: dict[str, Any]) -> None:
+    """Put entries into the configuration of a model's folder."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | added, indent=2) + "\n")
-    return folder
 
 
 def copy_model(base: str | os.PathLike[str], folder: Path) -> None:

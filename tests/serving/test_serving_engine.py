@@ -11,9 +11,12 @@ import pytest
 import torch
 from engines import add, engine, expected, generate, random_prompts, sampling, served_model, step
 from models import tiny_model, with_adapter
+from test_trl import tokenizer
 from vllm.exceptions import VLLMValidationError
 
+from peft_pte import PTEConfig
 from peft_pte.vllm import overrides, update_adapter
+from peft_pte.vllm.colocated import colocated_engine
 
 
 def scheduler_of(llm: Any) -> Any:
@@ -85,6 +88,26 @@ def test_a_base_without_a_copy(tmp_path: Path) -> None:
     found = overrides(tmp_path / "base", tmp_path / "adapter", max_prompt_length=64)
     with engine(tmp_path / "base", hf_overrides=found) as llm:
         assert generate(llm, prompts, 30) == expected(model, prompts, 30)
+
+
+@pytest.mark.parametrize("family, tied", [("qwen2", True), ("qwen3", False)])
+def test_an_engine_with_the_weights_of_a_model_in_memory(family: str, tied: bool) -> None:
+    """Of the base and of an adapter that is not the first one; no checkpoint is written."""
+    model = with_adapter(tiny_model(family, torch.float32, tie_word_embeddings=tied), window_size=9)
+    torch.manual_seed(3)
+    model.add_adapter("second", PTEConfig(r=4, num_global_tokens=3, pte_alpha=4, window_size=8, init_weights=False))
+    model.set_adapter("second")
+    prompts = random_prompts([9, 30, 2])
+    options = dict(dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=3)
+    llm = colocated_engine(model, tokenizer(), 40, **options)
+    try:
+        assert generate(llm, prompts, 40) == expected(model, prompts, 40)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    quantised = tiny_model(family, torch.float32)
+    quantised.is_quantized = True
+    with pytest.raises(ValueError, match="quantised"):
+        colocated_engine(with_adapter(quantised, window_size=8), tokenizer(), 40, **options)
 
 
 def test_a_prompt_that_is_too_long_is_refused_alone(tmp_path: Path) -> None:
