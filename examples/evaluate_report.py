@@ -142,7 +142,7 @@ def ks(samples: int) -> list[int]:
 def budgets(most: int) -> list[int]:
     """Tokens allowed, for the figure; eighths of a budget that is small."""
     known = [budget for budget in BUDGETS if budget < most]
-    return [*(known if len(known) > 1 else [most * i // 8 for i in range(1, 8) if most * i // 8]), most]
+    return [*(known if len(known) > 1 else sorted({most * i // 8 for i in range(1, 8)} - {0})), most]
 
 
 def table(runs: list[Run], samples: int, most: int) -> list[str]:

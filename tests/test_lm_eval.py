@@ -185,8 +185,8 @@ SCRIPT = """\
 import sys, peft_pte
 from lm_eval.models.huggingface import HFLM
 model = HFLM(pretrained=sys.argv[1], peft=sys.argv[2], dtype="float32", device="cpu")
-short, long = [(("a", "b"), [3, 4], [5] * length) for length in (6, 7)]
-print(len(model._loglikelihood_tokens([short], disable_tqdm=True)))
+short, long = [(("a", "b"), [3, 4], [5] * length) for length in (7, 8)]
+print(len(model._loglikelihood_tokens([short], disable_tqdm=True)))  # the last token is not read
 model._loglikelihood_tokens([long], disable_tqdm=True)
 """
 
