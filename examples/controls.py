@@ -1,4 +1,4 @@
-"""Controls: what a trained adapter does where its states say nothing."""
+"""Controls: what a trained adapter does where its states say nothing, and other adapters under the bounded cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 import torch
+from peft import PeftModel, inject_adapter_in_model
 
-from peft_pte import ThoughtEncoder
+from peft_pte import PTEConfig, ThoughtEncoder
 from peft_pte.stacked import StackedEncoders
 
 
@@ -25,3 +26,18 @@ def states_zeroed() -> Iterator[None]:
 
     with patch.object(ThoughtEncoder, "read_all", empty), patch.object(StackedEncoders, "read", empty_in_all_layers):
         yield
+
+
+def add_window(model: PeftModel, config: PTEConfig) -> None:
+    """Put a model with another adapter under PTE's bounded cache, without the encoding.
+
+    A PTE adapter that is switched to nothing (`A` is zero at its start, and frozen) goes into the base. The PeftModel
+    goes on knowing its own adapter only.
+    """
+    base = model.get_base_model()
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    known = base.__dict__.pop("peft_config")
+    inject_adapter_in_model(config, base)
+    base.peft_config = known
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)

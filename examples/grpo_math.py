@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -37,11 +36,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
+from controls import add_window
+from math_benchmarks import is_right, require_grader
 from peft_pte import PTECache, PTEConfig
 from peft_pte.trainers.checkpoints import AtomicCheckpoints
 from peft_pte.trainers.grpo import PTEGRPOTrainer
@@ -107,10 +108,7 @@ def load_problems(options: argparse.Namespace) -> Dataset:
 
 def math_reward(completions: list[list[Row]], answer: list[str], **kwargs: Any) -> list[float]:
     """1 if math-verify finds the answer in the completion, else 0."""
-    from math_verify import parse, verify
-
-    golds = [parse(f"\\boxed{{{gold}}}") for gold in answer]
-    return [float(verify(gold, parse(done[0]["content"]))) for gold, done in zip(golds, completions)]
+    return [float(is_right(gold, done[0]["content"])) for gold, done in zip(answer, completions)]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -130,17 +128,11 @@ def attach(base: torch.nn.Module, options: argparse.Namespace) -> PeftModel:
     if options.arm == "pte":
         size = dict(r=options.rank, pte_alpha=options.rank, num_global_tokens=options.num_global_tokens)
         return get_peft_model(base, make(task_type="CAUSAL_LM", **size, **cache))
-    # LoRA on the projections, and in the same model a PTE adapter that is switched to nothing (A = 0, frozen): its
-    # cache. The PeftModel knows the LoRA adapter only, so that checkpoints are those of a LoRA.
+    # LoRA on the projections, under PTE's cache. The PeftModel knows the LoRA adapter only, and so do its checkpoints.
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     lora = LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=options.rank, target_modules=targets)
     model = get_peft_model(base, lora)
-    known = base.__dict__.pop("peft_config")
-    window = make(r=1, num_global_tokens=1, state_update="none", state_norm="none", **cache)
-    inject_adapter_in_model(window, base)
-    base.peft_config = known
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    add_window(model, make(r=1, num_global_tokens=1, state_update="none", state_norm="none", **cache))
     return model
 
 
@@ -333,8 +325,8 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     if options.plot:
         return plot(options.output, options.plot)
-    if not options.tiny and importlib.util.find_spec("math_verify") is None:
-        raise SystemExit("The reward needs math-verify: pip install math-verify")
+    if not options.tiny:
+        require_grader()
     options.run.mkdir(parents=True, exist_ok=True)
     checkpoint = get_last_checkpoint(options.run) if options.resume else None
     if options.resume and not checkpoint:

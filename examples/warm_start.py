@@ -170,10 +170,7 @@ def make_trainer(options: argparse.Namespace, rows: list[Row]) -> PTEDistillatio
     with PartialState(cpu=not cuda).main_process_first():  # the others find it made
         folder = base_folder(options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    dtype = options.dtype
-    if dtype == "auto" and not cuda and "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        dtype = "float32"  # such CPUs multiply bfloat16 many times slower
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=checkpoint.dtype_here(options.dtype))
     torch.manual_seed(options.seed)
     size = dict(r=options.rank, pte_alpha=options.rank / 2, num_global_tokens=options.rank)
     cache = {name: getattr(options, name) for name in ("window_size", "eviction_ratio", "retained_prefix", "gradient")}

@@ -44,13 +44,22 @@ current_generation: ContextVar[Generation | None] = ContextVar("pte_generation",
 current_batch: ContextVar[tuple[torch.Tensor, torch.Tensor] | None] = ContextVar("pte_batch", default=None)
 
 LIBRARIES = {"peft_pte", "peft", "torch", "transformers", "accelerate"}
+# Programs that score texts: a warning scrolls by, and the figures stay.
+HARNESSES = {"lm_eval": "run it as `python -m peft_pte -m lm_eval ...`, or `import peft_pte.lm_eval` in your script"}
 
 
-def warn_caller(message: str) -> None:
-    """Warn, once for each place outside of the libraries from which the model was called."""
+def warn_caller(message: str, refused_in: dict[str, str] | None = None) -> None:
+    """Warn, once for each place outside of the libraries from which the model was called.
+
+    Raises:
+        RuntimeError: that place is in one of the programs `refused_in`, for which it says what to do.
+    """
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
+    program = frame.f_globals.get("__name__", "").partition(".")[0]
+    if refused_in is not None and program in refused_in:
+        raise RuntimeError(f"{message} This call is {program}'s: {refused_in[program]}.")
     warnings.warn(message, stacklevel=level)
 
 

@@ -22,8 +22,7 @@ GUESSED_PROMPT = (
     "where the prompt ends. All of them are taken as a prompt, which is never evicted: these are logits of the full "
     "cache, not of the policy that `generate` samples from. To score a text, pass `prompt_lengths` ([batch], the "
     "column of each row at which its completion begins) or `labels` (-100 on the prompt), or use "
-    "`peft_pte.sequence_logprobs`; in lm-evaluation-harness, `python -m peft_pte -m lm_eval --model pte-hf`. If it is "
-    "a prompt, pass `use_cache=True`."
+    "`peft_pte.sequence_logprobs`. If it is a prompt, pass `use_cache=True`."
 )
 TURN_STREAMS = (
     "`generate` was called with a cache that holds thoughts already. What is new in its prompt streams through the "

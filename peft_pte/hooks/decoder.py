@@ -22,7 +22,7 @@ from ..host import DecoderOutput, cache_in, call_with_cache, set_cache, take_cac
 from ..replay.heads import TaskOf, as_hidden, as_output, current_head, current_hidden, num_chunks, wants_hidden
 from ..replay.replay import agreed_maximum, join_outputs, replay
 from ..replay.segments import embedded_rows, layer_checkpointing_off
-from .border import current_border, current_generation, named_arguments, prompt_length_of, warn_caller
+from .border import HARNESSES, current_border, current_generation, named_arguments, prompt_length_of, warn_caller
 from .calls import TURN_STREAMS, Facts, decide
 
 
@@ -62,7 +62,7 @@ def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any,
     )
     call = decide(policy, facts)
     if call.warning is not None:
-        warn_caller(call.warning)
+        warn_caller(call.warning, refused_in=HARNESSES)
     if call.kind == "cached":
         cache = PTECache.adopt(PTECache() if cache is None else cache)
         generation = current_generation.get()
