@@ -28,6 +28,24 @@ def states_zeroed() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def states_swapped() -> Iterator[None]:
+    """Every row gets the state of its neighbour in the batch: chance, if the state carries what is asked for."""
+    read_all, read = ThoughtEncoder.read_all, StackedEncoders.read
+
+    def swapped(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: state.roll(1, 0) for name, state in read_all(self, cores).items()}
+
+    def swapped_in_all_layers(self: StackedEncoders, cores: torch.Tensor) -> torch.Tensor:
+        return read(self, cores).roll(1, 1)
+
+    with (
+        patch.object(ThoughtEncoder, "read_all", swapped),
+        patch.object(StackedEncoders, "read", swapped_in_all_layers),
+    ):
+        yield
+
+
 def add_window(model: PeftModel, config: PTEConfig) -> None:
     """Put a model with another adapter under PTE's bounded cache, without the encoding.
 

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from controls import states_zeroed
+from controls import states_swapped, states_zeroed
 from peft_pte import PTECache, sequence_divergence, sequence_logprobs
 from peft_pte.replay.distillation import teacher_states
 from peft_pte.trainers.distillation import Collator
@@ -46,12 +46,12 @@ def contains(text: str, answer: str) -> bool:
 
 
 class Evaluation:
-    """Of the base with its full cache and under the window, and of PTE with and without its states.
+    """Of the base with its full cache and under the window, and of PTE with its states, without, and with others' ones.
 
     The windowed base is an adapter that has not been trained: its `A` is zero, and its cache that of the policy.
     """
 
-    FULL = "base, full cache"
+    FULL, SWAPPED = "base, full cache", "PTE, states swapped"
 
     def __init__(self, model: PeftModel, tokenizer: Any, options: argparse.Namespace):
         self.model, self.tokenizer, self.options = model.eval(), tokenizer, options
@@ -60,18 +60,23 @@ class Evaluation:
         model.add_adapter("untrained", untrained)
         model.set_adapter("default")
 
-    def arms(self) -> dict[str, AbstractContextManager[None]]:
-        return {
+    def arms(self, num_rows: int) -> dict[str, AbstractContextManager[None]]:
+        """What a batch of so many rows is run under. A row that is alone has no other one to swap states with."""
+        arms = {
             self.FULL: self.model.disable_adapter(),
             "base, windowed": other_adapter(self.model, "untrained"),
             "PTE": contextlib.nullcontext(),
             "PTE, states zeroed": states_zeroed(),
+            self.SWAPPED: states_swapped(),
         }
+        return {name: context for name, context in arms.items() if num_rows > 1 or name != self.SWAPPED}
 
     def batches(self, rows: Sequence[Any], name: str) -> Iterator[Sequence[Any]]:
+        """Of equal sizes, as far as that goes, so that no row is alone without need."""
         size = self.options.batch_size
-        for start in tqdm(range(0, len(rows), size), desc=name):
-            yield rows[start : start + size]
+        borders = torch.linspace(0, len(rows), -(-len(rows) // size) + 1).round().int().tolist()
+        for start, end in tqdm(list(zip(borders, borders[1:])), desc=name):
+            yield rows[start:end]
 
     def edges(self, longest: int) -> list[int]:
         """Borders of the bands: 0, w/2, w, 2w, 4w, ... tokens after the first eviction."""
@@ -85,7 +90,7 @@ class Evaluation:
         """KL to the base with its full cache, and perplexity, of encoded rows: a table row for each arm and band."""
         prefix, window = self.options.retained_prefix, self.options.window_size
         edges = self.edges(max((len(row["input_ids"]) for row in rows), default=0))
-        sums = {arm: torch.zeros(len(edges), 3, dtype=torch.float64) for arm in self.arms()}
+        sums = {arm: torch.zeros(len(edges), 3, dtype=torch.float64) for arm in self.arms(2)}
         for part in self.batches(sorted(rows, key=lambda row: len(row["input_ids"])), name):
             batch = {key: x.to(self.model.device) for key, x in Collator(0)(part).items()}
             ids, mask, lengths = batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"]
@@ -94,7 +99,7 @@ class Evaluation:
             kept = lengths if prefix == "prompt" else torch.full_like(lengths, prefix)
             distance = torch.arange(ids.shape[1], device=ids.device) - 1 - kept[:, None] - window
             band = torch.bucketize(distance, torch.tensor(edges, device=ids.device), right=True) - 1
-            for arm, context in self.arms().items():
+            for arm, context in self.arms(len(part)).items():
                 with context:
                     logprobs, _ = sequence_logprobs(self.model, ids, mask, lengths)
                     if arm != self.FULL:
@@ -115,12 +120,13 @@ class Evaluation:
     @torch.no_grad()
     def accuracy(self, rows: list[Row]) -> dict[str, float]:
         """Greedy completions that contain the answer, as a word of its own."""
-        right = dict.fromkeys(self.arms(), 0)
+        right, asked = dict.fromkeys(self.arms(2), 0), dict.fromkeys(self.arms(2), 0)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         for part in self.batches(rows, "answers"):
             prompts = [question(row, self.tokenizer) for row in part]
             given = left_padded(prompts, pad or 0, self.model.device)
-            for arm, context in self.arms().items():
+            for arm, context in self.arms(len(part)).items():
+                asked[arm] += len(part)
                 with context:
                     done = self.model.generate(
                         **given, max_new_tokens=self.options.max_new_tokens, do_sample=False, pad_token_id=pad
@@ -128,7 +134,7 @@ class Evaluation:
                 width = given["input_ids"].shape[1]
                 texts = self.tokenizer.batch_decode(done[:, width:], skip_special_tokens=True)
                 right[arm] += sum(contains(text, str(row["answer"])) for text, row in zip(texts, part))
-        return {arm: count / len(rows) for arm, count in right.items()}
+        return {arm: right[arm] / count for arm, count in asked.items() if count}
 
     @torch.no_grad()
     def cache_bytes(self, row: Row) -> dict[str, int]:
@@ -150,15 +156,15 @@ def print_tables(results: Row) -> None:
         distances = list(dict.fromkeys(row["distance"] for row in part))
         for metric, title in (("kl", "KL to the base with its full cache"), ("perplexity", "perplexity")):
             print(f"\n{name}: {title}, by tokens after the first eviction\n")
-            print(f"{'':<20}" + "".join(f"{distance:>12}" for distance in distances))
+            print(f"{'':<22}" + "".join(f"{distance:>12}" for distance in distances))
             for arm in dict.fromkeys(row["arm"] for row in part):
                 values = {row["distance"]: row[metric] for row in part if row["arm"] == arm}
-                print(f"{arm:<20}" + "".join(f"{values[distance]:>12.3f}" for distance in distances))
+                print(f"{arm:<22}" + "".join(f"{values.get(distance, math.nan):>12.3f}" for distance in distances))
     if not table:
         print("\nNo held-out row is longer than the window, so there is nothing to compare.")
     for name, values in accuracy.items():
         print(f"\n{name}: completions that contain the answer")
-        print("\n".join(f"{arm:<20}{value:>12.3f}" for arm, value in values.items()))
+        print("\n".join(f"{arm:<22}{value:>12.3f}" for arm, value in values.items()))
     print(f"\ncache after {cache['tokens']} tokens: {cache['full']:,} bytes full, {cache['bounded']:,} bounded")
 
 
@@ -172,7 +178,7 @@ def plot(results: Row, path: Path) -> None:
     names = list(dict.fromkeys(row["rows"] for row in table))
     figure, axes = plt.subplots(1, len(names) + 1, figsize=(5 * len(names) + 5, 4), squeeze=False)
     for axis, name in zip(axes[0], names):
-        for arm, color in zip(dict.fromkeys(row["arm"] for row in table), ("gray", "blue", "red", "orange")):
+        for arm, color in zip(dict.fromkeys(row["arm"] for row in table), ("gray", "blue", "red", "orange", "olive")):
             part = [row for row in table if (row["rows"], row["arm"]) == (name, arm)]
             distances, values = [row["distance"] for row in part], [row["kl"] for row in part]
             axis.plot(distances, values, marker="o", label=arm, color=f"tab:{color}")

@@ -19,7 +19,7 @@ import past_the_window
 import warm_start
 from peft_pte import sequence_divergence
 
-ARMS = ["base, full cache", "base, windowed", "PTE", "PTE, states zeroed"]
+ARMS = ["base, full cache", "base, windowed", "PTE", "PTE, states zeroed", "PTE, states swapped"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -152,6 +152,10 @@ def test_what_the_table_counts(prefix: str | int) -> None:
     assert kl["base, full cache", "0-3"] == 0 and kl["PTE", "6-12"] != kl["PTE, states zeroed", "6-12"]
     # From the first eviction on states are others; what is predicted before it is not in the table.
     assert kl["PTE", "0-3"] != kl["PTE, states zeroed", "0-3"]
+    assert kl["PTE", "0-3"] != kl["PTE, states swapped", "0-3"] != kl["PTE, states zeroed", "0-3"]
+    # A row that is alone has no other one's states.
+    alone = evaluation.by_distance(rows[:1], "rows")
+    assert {row["arm"] for row in alone} == {*ARMS} - {"PTE, states swapped"}
 
 
 def test_answers_are_words_and_follow_what_stands_before_them() -> None:

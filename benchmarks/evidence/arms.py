@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -22,9 +21,7 @@ from candidates import (
     with_neighbour_from_the_start,
 )
 from peft_pte import PTEConfig
-from peft_pte.encoder import ThoughtEncoder
-from peft_pte.stacked import StackedEncoders
-from shared import states_zeroed
+from shared import states_swapped, states_zeroed
 from variants import with_gate, with_orthogonal_query, with_transposed_read, with_values_scaled
 
 EVICTION_RATIO = 0.5  # half the window at once: fewer segments than with the default, and so faster on a CPU
@@ -171,24 +168,6 @@ def with_window(base: torch.nn.Module, window_size: int, **settings: Any) -> Pef
         base,
         PTEConfig(task_type="CAUSAL_LM", window_size=window_size, eviction_ratio=EVICTION_RATIO, **settings),
     )
-
-
-@contextmanager
-def states_swapped() -> Iterator[None]:
-    """Every row gets the state of its neighbour in the batch: chance, if the state carries what is asked for."""
-    read_all, read = ThoughtEncoder.read_all, StackedEncoders.read
-
-    def swapped(self: ThoughtEncoder, cores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: state.roll(1, 0) for name, state in read_all(self, cores).items()}
-
-    def swapped_in_all_layers(self: StackedEncoders, cores: torch.Tensor) -> torch.Tensor:
-        return read(self, cores).roll(1, 1)
-
-    with (
-        patch.object(ThoughtEncoder, "read_all", swapped),
-        patch.object(StackedEncoders, "read", swapped_in_all_layers),
-    ):
-        yield
 
 
 CONTROLS = {"states swapped": states_swapped, "states zeroed": states_zeroed}

@@ -1,4 +1,4 @@
-"""What the evidence shares with the examples: the packaged checkpoint, real text, and a control."""
+"""What the evidence shares with the examples: the packaged checkpoint, real text, and controls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 from checkpoint import prepare
-from controls import states_zeroed
+from controls import states_swapped, states_zeroed
 from real_text import paragraphs
 
-__all__ = ["paragraphs", "prepare", "states_zeroed"]
+__all__ = ["paragraphs", "prepare", "states_swapped", "states_zeroed"]
