@@ -60,6 +60,21 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return trainer
 
 
+def test_a_finished_run_is_resumed_as_it_was(tmp_path: Path, uninterrupted: Trainer) -> None:
+    """Behind the last step nothing is trained; with more steps to go the run goes on."""
+    trainer = make(tmp_path)
+    trainer.train()
+    resumed = make(tmp_path)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 8
+    assert losses(resumed.state) == losses(uninterrupted.state)
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    resumed.save_model()
+    further = make(tmp_path)
+    further.args.max_steps = 9
+    assert further.train(resume_from_checkpoint=True).global_step == 9
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_run_goes_on(moment: str, tmp_path: Path, uninterrupted: Trainer) -> None:
     """Killed while the checkpoint of step 6 is saved, or after it: all checkpoints on the disk are complete, and the

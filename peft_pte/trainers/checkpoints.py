@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, sort_checkpoints
 
 from ..model_card import add_loading_code
 from ..registration import NAME
@@ -52,6 +52,8 @@ class AtomicCheckpoints(TrainerBase):
     first. `save_model` writes beside the files of an older model and then replaces them one by one. What a killed run
     has left is removed by the next save. Several processes must share the filesystem.
 
+    A run that is resumed behind its last step is as it was: the Trainer would take one step more.
+
     It relies on this, the same in transformers 5.16 to 5.24: `_save_checkpoint` asks `_get_output_dir` where
     checkpoints go, and ends with an upload by `_push_from_checkpoint` and the rotation; `_save` writes the model;
     `_finalize_training` keeps only the best checkpoint if `save_total_limit` is 1.
@@ -62,6 +64,18 @@ class AtomicCheckpoints(TrainerBase):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         refuse_order(cls, AtomicCheckpoints)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # True: the Trainer says why not
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # loaded by what is built in training
+        if isinstance(resume_from_checkpoint, str | os.PathLike) and not sharded:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if 0 < self.args.max_steps <= state.global_step:
+                self._load_from_checkpoint(str(resume_from_checkpoint))
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
