@@ -127,7 +127,8 @@ def test_arms_run_and_are_reported(folder: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "notes.csv").open()))
     # Three distances and one beyond; on the way two distances at five steps; PTE also with two controls at two.
     assert len(rows) == 4 * 4 + 2 * 5 * 2 + 2 * 2
-    assert rows[0]["base_dtype"] == "bfloat16" and rows[0]["scaling"] == "0.5" and "base" not in rows[0]
+    dtype = rows[0].get("base_dtype", "float32")  # told where it is not float32
+    assert dtype == Notes.settings["base_dtype"] and rows[0]["scaling"] == "0.5" and "base" not in rows[0]
     said = (tmp_path / "README.md").read_text()
     assert (
         "a checkpoint that was not trained on this task" in said and "Upper line: LoRA with the full cache, at" in said

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from shared import paragraphs
+from shared import dtype_here, paragraphs
 from streams import Parts, Task, shuffled
 
 PROMPT = "Notes:\n"
@@ -144,8 +144,8 @@ class Notes(Task):
         beyond=(),  # which would take longer than the training
         num_evaluated=64,
         base_steps=0,
-        # Of the frozen base; adapters are float32. Evaluation takes half of the time that float32 takes on a CPU.
-        base_dtype="bfloat16",
+        # Of the frozen base; adapters are float32. Bfloat16 is that of the checkpoint's folder, and slow on some CPUs.
+        base_dtype="float32" if dtype_here("auto") == "float32" else "bfloat16",
     )
 
     def __init__(self, folder: Path | None = None, held_out: bool = False):
