@@ -198,7 +198,10 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
         (["--arms", "lora-windowed", "--window", "4"], "--arms lora-windowed: give its adapter, --adapter lora=PATH"),
         (["--arms", "pte", "--adapter", "pte={folder}/pte"], "--window is []"),
         (["--window", "4"], "--window is [4]"),
-        (["--arms", "pte", "--adapter", "pte={folder}/pte", "--window", "0"], "--window 0: PTEConfig: `window_size` is 0"),
+        (
+            ["--arms", "pte", "--adapter", "pte={folder}/pte", "--window", "0"],
+            "`window_size` is 0",
+        ),
         (["--arms", "pte", "--adapter", "pte={folder}/lora", "--window", "4"], "is of type LORA, but 'pte' needs"),
         (["--arms", "lora", "--adapter", "lora={folder}/pte"], "is of type PTE, but 'lora' needs"),
         (["--arms", "pte", "--adapter", "pte={folder}/global-only", "--window", "4"], "needs one that encodes"),
