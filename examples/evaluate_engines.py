@@ -55,6 +55,9 @@ class Engine(Protocol):
     def complete(self, prompts: list[list[int]], seed: int, on_end: OnEnd) -> int | None:
         """Call `on_end` for every row as soon as it ends; returns bytes of the cache for a sequence, if known."""
 
+    def close(self) -> None:
+        """Nothing more will be asked for."""
+
 
 def adapter_config(arm: str, path: str) -> PeftConfig:
     """The configuration of an arm's adapter.
@@ -150,6 +153,9 @@ class Generate:
             return cache.nbytes // len(prompts)
         return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)) // len(prompts)
 
+    def close(self) -> None:
+        """The model goes with the engine."""
+
 
 # ---------------------------------------------------------------------------------------------------------------- vLLM
 
@@ -176,8 +182,13 @@ class VLLM:
             max_num_seqs=options.batch_size,
             enforce_eager=window is not None,  # no CUDA graph is made of PTE's layers
             generation_config="vllm",  # not the checkpoint's own penalties and cuts
+            skip_tokenizer_init=True,  # prompts are tokens, and so are completions
             **settings,
         )
+
+    def close(self) -> None:
+        """Give back the memory, before the engine of the next window."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     @staticmethod
     def with_window(arm: str, window: int, options: argparse.Namespace) -> Path:
@@ -194,6 +205,7 @@ class VLLM:
 
     def complete(self, prompts: list[list[int]], seed: int, on_end: OnEnd) -> int | None:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         options, engine = self.options, self.llm.llm_engine
         for row, prompt in enumerate(prompts):
@@ -202,6 +214,8 @@ class VLLM:
                 top_p=options.top_p,
                 max_tokens=options.max_new_tokens,
                 stop_token_ids=self.stops,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
                 seed=seed * 1000 + row if options.temperature else None,
             )
             engine.add_request(str(row), dict(prompt_token_ids=prompt), sampling)

@@ -23,6 +23,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -149,8 +151,8 @@ def complete(job: Job, arm: str, window: int | None, make_engine: Callable[[], E
     done = {(line["problem"], line["sample"]): line["text"] for line in json_lines(path)}
     if len(done) == len(job):
         return
-    engine = make_engine()
     with (
+        closing(make_engine()) as engine,
         open_lines(path) as lines,
         open_lines(options.output / "timings" / path.name) as timings,
         tqdm(total=len(job), initial=len(done), desc=name, unit=" completions") as bar,
@@ -182,18 +184,19 @@ def complete(job: Job, arm: str, window: int | None, make_engine: Callable[[], E
 def run_arm(job: Job, arm: str) -> None:
     options = job.options
     windows: list[int | None] = [*options.window] if ARMS[arm].bounded else [None]
-    made: list[Generate] = []
+    model: list[Generate] = []  # one for all windows, and none if nothing is missing
+
+    def generate(window: int | None) -> Engine:
+        if not model:
+            model.append(Generate(arm, options, job.stops))
+        model[0].window = window
+        return model[0]
+
+    def vllm(window: int | None) -> Engine:
+        return VLLM(arm, window, options, job.stops, job.longest)
+
     for window in windows:
-
-        def engine() -> Engine:
-            if options.engine == "vllm":
-                return VLLM(arm, window, options, job.stops, job.longest)  # noqa: B023  (called in this turn)
-            if not made:  # one model for all windows, and none if nothing is missing
-                made.append(Generate(arm, options, job.stops))
-            made[0].window = window  # noqa: B023
-            return made[0]
-
-        complete(job, arm, window, engine)
+        complete(job, arm, window, partial(vllm if options.engine == "vllm" else generate, window))
 
 
 # ------------------------------------------------------------------------------------------------------------- options
