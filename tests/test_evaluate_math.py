@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,15 +14,17 @@ import pytest
 import torch
 from models import tiny_model, with_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 pytest.importorskip("math_verify", reason="grading needs math-verify: pip install peft-pte[evaluate]")
 
+import evaluate_demo
 import evaluate_math
 import peft_pte
 from controls import add_window
-from evaluate_engines import WINDOW_ONLY
+from evaluate_engines import WINDOW_ONLY, adapter_config
 from peft_pte import PTEConfig
 
 ROOT = Path(__file__).parents[1]
@@ -244,3 +247,16 @@ def test_prompts(folder: Path, tmp_path: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(SystemExit, match="has no chat template. Give --template plain"):
         prompt()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_adapters_of_the_demonstration(folder: Path, tmp_path: Path, steps: int) -> None:
+    """Fresh or trained, each is one that its arm takes, and is not nothing."""
+    asked = evaluate_math.arguments(options(folder, tmp_path / "out"))
+    given = argparse.Namespace(steps=steps, batch_size=2, seed=0)
+    for arm in evaluate_demo.configs():
+        evaluate_demo.make_adapter(arm, folder / "base", tmp_path / arm, given, asked)
+        adapter_config(arm, str(tmp_path / arm))
+        weights = load_file(tmp_path / arm / "adapter_model.safetensors")
+        last = [weight for name, weight in weights.items() if "pte_A" in name or "lora_B" in name]
+        assert last and all(weight.any() for weight in last)

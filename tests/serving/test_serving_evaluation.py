@@ -17,7 +17,7 @@ Completions = dict[int, tuple[list[int], bool]]
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     folder = tmp_path_factory.mktemp("evaluation")
-    base = tiny_model("llama", torch.float32)
+    base = tiny_model("llama", torch.float32, head_dim=32)  # the smallest of vLLM on a CPU
     base.save_pretrained(folder / "base")
     with_adapter(base, window_size=6, eviction_ratio=0.5).save_pretrained(folder / "pte")
     return argparse.Namespace(
