@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     problems.write_text("".join(json.dumps(row) + "\n" for row in make_up(options.problems, options.seed)))
     adapters = {arm: options.output / f"{arm}-{options.steps}" for arm in configs()}
     given = ["--model", str(base), "--data", str(problems), "--output", str(options.output / "run")]
-    given += ["--samples", str(options.samples), "--temperature", "0.7", "--max-new-tokens", "24", "--batch-size", "50"]
+    given += ["--samples", str(options.samples), "--temperature", "0.7", "--max-new-tokens", "32", "--batch-size", "50"]
     given += ["--system-prompt", SYSTEM]
     asked = evaluate_math.arguments(given)
     for arm, folder in adapters.items():
