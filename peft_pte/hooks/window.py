@@ -61,7 +61,9 @@ def window(
 
     Args:
         model: a model with a PTE adapter, wrapped (PEFT, DDP) or not.
-        window_size, eviction_ratio, retained_prefix: as the fields of `PTEConfig`; None: as it is.
+        window_size: as the field of `PTEConfig`, as are the others; None: as it is.
+        eviction_ratio: a float in (0, 1], or None.
+        retained_prefix: a number of tokens, `"prompt"`, or None.
 
     Raises:
         ValueError: the model has no PTE adapter, nothing is changed, or a value is one that `PTEConfig` refuses.

@@ -266,8 +266,13 @@ def distillation_loss(
     checkpointing, `offload=True` and `gradient="truncated"`, under DDP and FSDP2.
 
     Args:
-        model, input_ids, attention_mask, prompt_lengths, divergence, temperature, only_after_eviction: as
-            `sequence_divergence`.
+        model: a model with a PTE adapter, wrapped or not. This and what follows: as of `sequence_divergence`.
+        input_ids: [B, T].
+        attention_mask: [B, T], 1 for tokens.
+        prompt_lengths: [B] or int.
+        divergence: `"forward"`, `"reverse"` or `"mixed"`.
+        temperature: the logits of both are divided by it.
+        only_after_eviction: compare only tokens that are predicted when thoughts have left.
         num_items_in_batch: the sum is divided by it, as `Trainer` wants it under gradient accumulation. None: the mean
             over the tokens that are compared in this call.
 

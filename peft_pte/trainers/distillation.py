@@ -138,7 +138,8 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
     Args:
         model: with a PTE adapter (`get_peft_model(base, PTEConfig(...))`).
         args: `PTEDistillationConfig`.
-        train_dataset, eval_dataset: rows, in anything that can be iterated; for evaluations also several, by name.
+        train_dataset: rows, in anything that can be iterated.
+        eval_dataset: the same; also several of them, by name.
         processing_class: the tokenizer.
         kwargs: as of `Trainer`.
 
