@@ -14,11 +14,13 @@ between the log-probabilities that were noted while decoding and `sequence_logpr
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from peft import get_peft_model
 
 from peft_pte import PTECache, PTEConfig, sequence_logprobs
 from peft_pte.hooks.generation import SampledLogProbs, current_recorder
+
+Add = Callable[[dict[str, Any]], None]
 
 PROMPT, SPAN, SPANS = 64, 512, 5
 MARKS = (3072, 16384, 65536)
@@ -48,13 +52,13 @@ def state_norms(cache: PTECache) -> dict[str, float]:
 
 
 class Watch:
-    """A stopping criterion that never stops: the time of every span, and a row at every mark."""
+    """A stopping criterion that never stops: the time of every span, and a row for `add` at every mark but the last."""
 
-    def __init__(self, cache: PTECache, marks: tuple[int, ...], device: str):
-        self.cache, self.marks, self.device = cache, marks, device
+    def __init__(self, cache: PTECache, marks: tuple[int, ...], device: str, add: Add):
+        self.cache, self.marks, self.device, self.add = cache, marks, device, add
         self.clock = time.perf_counter if device == "cuda" else time.thread_time
         self.spans: list[float] = []  # ms a token
-        self.rows: list[dict[str, Any]] = []
+        self.last: dict[str, Any] = {}  # the row of the last mark
         self.start = self.clock()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -66,17 +70,19 @@ class Watch:
             if generated in self.marks:
                 step_ms = round(statistics.median(self.spans[-SPANS:]), 4)
                 about = dict(tokens=generated, cache_bytes=self.cache.nbytes, ms_per_token=step_ms)
-                self.rows.append(about | state_norms(self.cache))
+                self.last = about | state_norms(self.cache)
+                if generated != self.marks[-1]:
+                    self.add(self.last)
             self.start = self.clock()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @torch.no_grad()
-def generate(model: torch.nn.Module, marks: tuple[int, ...], device: str, graph: bool = False) -> list[dict[str, Any]]:
-    """A row for each mark, the last one with the difference to the replay."""
+def generate(model: torch.nn.Module, marks: tuple[int, ...], device: str, add: Add, graph: bool = False) -> None:
+    """A row for each mark as it is reached, the last one with the difference to the replay."""
     cache = PTECache(cuda_graph=graph)
     ids = torch.randint(model.config.vocab_size, (1, PROMPT), device=device)
-    watch, noted = Watch(cache, marks, device), SampledLogProbs(temperature=1.0)
+    watch, noted = Watch(cache, marks, device, add), SampledLogProbs(temperature=1.0)
     token = current_recorder.set(noted)
     try:
         drawn = model.generate(
@@ -95,8 +101,11 @@ def generate(model: torch.nn.Module, marks: tuple[int, ...], device: str, graph:
         current_recorder.reset(token)
     replayed = sequence_logprobs(model, drawn, prompt_lengths=PROMPT)[0][0, PROMPT:]
     differences = (replayed.cpu() - torch.tensor(noted.rows([marks[-1]])[0])).abs()
-    watch.rows[-1]["difference"] = float(f"{differences.max().item():.2e}")
-    return watch.rows
+    add(watch.last | dict(difference=float(f"{differences.max().item():.2e}")))
+
+
+def add_row(results: Results, about: dict[str, Any], row: dict[str, Any]) -> None:
+    results.add(about | row)
 
 
 def measure_long(options: argparse.Namespace, results: Results) -> None:
@@ -105,12 +114,12 @@ def measure_long(options: argparse.Namespace, results: Results) -> None:
     for shape in options.shapes:
         if is_out_of_time(options):
             return
+        about = dict(shape=shape, layers=options.layers or "all", window=options.window_size)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="PTE decodes without a CUDA graph")
             graph = options.device == "cuda" and options.graphs
-            rows = generate(make_model(options, shape), marks, options.device, graph)
-        for row in rows:
-            results.add(dict(shape=shape, layers=options.layers or "all", window=options.window_size) | row)
+            add = functools.partial(add_row, results, about)
+            generate(make_model(options, shape), marks, options.device, add, graph)
         gc.collect()
 
 
