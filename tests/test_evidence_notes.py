@@ -143,7 +143,7 @@ def test_arms_run_and_are_reported(folder: Path, tmp_path: Path) -> None:
 
 
 def test_adapters_are_float32_over_a_bfloat16_base(folder: Path) -> None:
-    settings = Settings.of("notes", folder)
+    settings = replace(Settings.of("notes", folder), base_dtype="bfloat16")
     for arm in ("LoRA, full cache", "LoRA, windowed, parameters of PTE", "PTE"):
         model = adapted(ARMS[arm], settings, seed=0)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
