@@ -36,6 +36,7 @@ from peft_pte import PTEConfig, sequence_logprobs
 from peft_pte.replay.segments import host_copy
 
 PROMPT = 64
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LLAMA3_ROPE: dict[str, Any] = dict(
     rope_type="llama3",
     factor=8.0,
@@ -165,7 +166,7 @@ def make_base(shape: str, device: str, layers: int | None = None) -> torch.nn.Mo
 def make_model(shape: str, adapter: str, checkpointing: bool, window: int, device: str) -> torch.nn.Module:
     base = make_base(shape, device)
     if adapter == "lora":
-        config = LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+        config = LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=PROJECTIONS)
     else:
         settings = dict(offload=True) if adapter == "offload" else dict(gradient=adapter)
         config = PTEConfig(task_type="CAUSAL_LM", window_size=window, **settings)

@@ -29,13 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import provenance
+from memory import PROJECTIONS, provenance
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_pte import PTECache, PTEConfig
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ROOM = 64  # chunks in which `generate`'s cache is filled
 
 Requests = list[tuple[list[int], int]]  # a prompt and how many tokens are asked for

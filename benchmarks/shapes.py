@@ -26,7 +26,6 @@ from transformers import DynamicCache
 from peft_pte import PTECache, PTEConfig, export_lora, sequence_logprobs, window
 
 SHAPES = [name for name in memory.SHAPES if name != "small"]
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WINDOWS, LENGTHS, RANK = (768, 1024, 2048), (3072, 16384, 65536), 32
 
 
@@ -49,7 +48,7 @@ def sizes(shape: str) -> dict[str, Any]:
         with window(model, width):
             cache = forward(model, 2 * width, forward(model, memory.PROMPT, PTECache()))
         row[f"pte_bytes_window_{width}"] = cache.nbytes
-    model = get_peft_model(model.unload(), LoraConfig(r=RANK, target_modules=PROJECTIONS))
+    model = get_peft_model(model.unload(), LoraConfig(r=RANK, target_modules=memory.PROJECTIONS))
     row["lora_parameters"] = trained(model)
     for length in LENGTHS:
         cache = forward(model, length, DynamicCache(config=model.config))

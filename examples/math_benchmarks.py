@@ -79,6 +79,7 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
 
 
 def read_json_lines(path: Path) -> list[Any]:
+    """Raises `SystemExit` with the number of a line that is no JSON."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

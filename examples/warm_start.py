@@ -33,6 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import checkpoint
 import real_text
+from math_benchmarks import read_json_lines
 from past_the_window import Evaluation, plot, print_tables
 from peft_pte import PTEConfig
 from peft_pte.trainers.distillation import PTEDistillationConfig, PTEDistillationTrainer
@@ -64,12 +65,8 @@ def read_rows(path: Path, retained_prefix: int | str) -> list[Row]:
     if not path.is_file():
         raise SystemExit(f"--data: there is no file {path}.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, row in enumerate(read_json_lines(path), start=1):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"{where}: no JSON: {error}.") from error
         if not isinstance(row, dict) or not (row.get("text") or row.get("prompt") or row.get("messages")):
             raise SystemExit(f"{where}: must have {KINDS}, and may have `answer`.")
         if row.get("text") and "answer" in row:
