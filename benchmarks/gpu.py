@@ -24,7 +24,7 @@ import torch
 from gpu_checks import check_kernels, check_models
 from gpu_kernels import measure_apply, measure_encode
 from gpu_models import measure_decode, measure_memory, measure_train
-from long_generation import measure_long
+from long_generation import STD, measure_long
 from measuring import Results
 from packaging.version import Version
 
@@ -81,6 +81,7 @@ def main() -> None:
     about = provenance(options)
     options.output.mkdir(parents=True, exist_ok=True)
     checked = Results(options.output / "gpu_correctness.csv", about)
+    options.std, options.dtype = STD, None  # for long
     options.graphs = True  # until they are found to be wrong
     if not all([check(options, checked) for part, check in CHECKS.items() if part in options.only]):
         raise SystemExit("correctness failed: nothing is measured")

@@ -3,12 +3,15 @@
     python benchmarks/long_generation.py                                             # 65,536 tokens, about 5 minutes
     python benchmarks/long_generation.py --device cuda --shapes qwen2.5-3b qwen2.5-7b llama-8b
 
-Weights are random, the adapter's too, so that the state matters; tokens are drawn at temperature 1. A row for each
-mark: bytes that the sequence carries, milliseconds a token, and norms of the states (of the layer where they are
-largest).
+Weights are random, tokens are drawn at temperature 1. What starts as zeros in an adapter (A, gates, taps of the
+convolution) is drawn at `--std`, 0.01 if nothing is said, which is what 30 to 60 steps of training leave in SmolLM2's
+(`python examples/warm_start.py`, `evaluate_demo.py`). A row for each mark: bytes that the sequence carries, milliseconds
+a token, and norms of the states (of the layer where they are largest).
 Time is that of windows of 512 tokens, evictions among them; the figure of a mark is the median of the last five windows
 before it. On the CPU it is the thread's own time, which other programs disturb less. `difference` is the largest one
-between the log-probabilities that were noted while decoding and `sequence_logprobs` of the whole sequence afterwards.
+between the log-probabilities that were noted while decoding and `sequence_logprobs` of the whole sequence afterwards:
+rounding, which states carry on, so that it grows with the length and with `--std`; `--dtype float64` tells it from a
+fault.
 """
 
 from __future__ import annotations
@@ -34,14 +37,20 @@ from peft_pte.hooks.generation import SampledLogProbs, current_recorder
 
 Add = Callable[[dict[str, Any]], None]
 
-PROMPT, SPAN, SPANS = 64, 512, 5
+PROMPT, SPAN, SPANS, STD = 64, 512, 5, 0.01
 MARKS = (3072, 16384, 65536)
 
 
 def make_model(options: argparse.Namespace, shape: str) -> torch.nn.Module:
     base = memory.make_base(shape, options.device, options.layers)
-    config = PTEConfig(task_type="CAUSAL_LM", window_size=options.window_size, init_weights=False)
-    return get_peft_model(base, config).eval()
+    if options.dtype:
+        base = base.to(getattr(torch, options.dtype))
+    config = PTEConfig(task_type="CAUSAL_LM", window_size=options.window_size)
+    model = get_peft_model(base, config, autocast_adapter_dtype=options.dtype is None).eval()
+    for name, parameter in model.named_parameters():
+        if "pte_" in name and not parameter.any():
+            torch.nn.init.normal_(parameter, std=options.std)
+    return model
 
 
 def state_norms(cache: PTECache) -> dict[str, float]:
@@ -114,7 +123,8 @@ def measure_long(options: argparse.Namespace, results: Results) -> None:
     for shape in options.shapes:
         if is_out_of_time(options):
             return
-        about = dict(shape=shape, layers=options.layers or "all", window=options.window_size)
+        about: dict[str, Any] = dict(shape=shape, layers=options.layers or "all", window=options.window_size)
+        about |= dict(dtype=options.dtype or "auto", std=options.std)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="PTE decodes without a CUDA graph")
             graph = options.device == "cuda" and options.graphs
@@ -130,6 +140,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--tokens", type=int, default=MARKS[-1], help=f"to generate, a multiple of {SPAN}")
     parser.add_argument("--window-size", type=int, default=1024)
+    parser.add_argument("--std", type=float, default=STD, help="of what starts as zeros in an adapter")
+    parser.add_argument("--dtype", choices=["float32", "float64"], help="of all; by default bfloat16, on a CPU float32")
     parser.add_argument("--output", type=Path, help="CSV file, if another than results/long_generation_<device>.csv")
     options = parser.parse_args()
     if options.tokens < SPAN or options.tokens % SPAN:

@@ -29,7 +29,7 @@ def test_long_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: the replay of a model that has changed is another one."""
-    options = long_generation.argparse.Namespace(device="cpu", layers=1, window_size=48)
+    options = long_generation.argparse.Namespace(device="cpu", layers=1, window_size=48, std=0.1, dtype=None)
     model, replay = long_generation.make_model(options, "small"), long_generation.sequence_logprobs
 
     def changed(*args, **kwargs):
