@@ -4,8 +4,8 @@
     python benchmarks/long_generation.py --device cuda --shapes qwen2.5-3b qwen2.5-7b llama-8b
 
 Weights are random, tokens are drawn at temperature 1. What starts as zeros in an adapter (A, gates, taps of the
-convolution) is drawn at `--std`, 0.01 if nothing is said, which is what 30 to 60 steps of training leave in SmolLM2's
-(`python examples/warm_start.py`, `evaluate_demo.py`). A row for each mark: bytes that the sequence carries, milliseconds
+convolution) is drawn at `--std`: 0.01, unless told otherwise, is what 30 to 60 steps of training leave in SmolLM2's
+(examples/warm_start.py, examples/evaluate_demo.py). A row for each mark: bytes that the sequence carries, milliseconds
 a token, and norms of the states (of the layer where they are largest).
 Time is that of windows of 512 tokens, evictions among them; the figure of a mark is the median of the last five windows
 before it. On the CPU it is the thread's own time, which other programs disturb less. `difference` is the largest one

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
+from baselines import compressed, delethink
 from candidates import (
     with_attention_start,
     with_channel_gates,
@@ -36,7 +37,8 @@ class Arm:
     PTE always is. `settings`: of `PTEConfig`. `rank`, `scaling`: others than the common ones; rank "matched" gives LoRA
     as many trained parameters as PTE has. `slower`: by how much the learning rate is smaller, by a part of the
     parameters' names. `variant`: a change of the method that the package does not have, in force while the arm is
-    trained and evaluated.
+    trained and evaluated. `answer`: another way to read streams (baselines.py), under a cache of PTE's bytes: (model,
+    stream, length of the prompt, tokens that fit) -> NLL and correctness of what is scored.
     """
 
     adapter: str
@@ -46,6 +48,7 @@ class Arm:
     scaling: float | None = None
     slower: dict[str, float] = field(default_factory=dict)
     variant: Callable[[], AbstractContextManager[None]] = nullcontext
+    answer: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -133,7 +136,14 @@ FIRST_DESIGN: dict[str, Arm] = {
 }
 # The best that one matrix of the state's size can do on recall; see oracle.py.
 ORACLE_ARMS = {f"oracle, rank {rank}": Arm("oracle", windowed=False, rank=rank) for rank in (8, 16, 32)}
-ARMS = MAIN_ARMS | CANDIDATES | FIRST_DESIGN | ORACLE_ARMS
+# What the field does with as many bytes of cache, without training.
+BASELINES = {
+    "base, Delethink": Arm("none", windowed=False, answer=delethink),
+    "base, cache compressed (KNorm)": Arm("none", windowed=False, answer=partial(compressed, "KnormPress")),
+    "base, cache compressed (KeyDiff)": Arm("none", windowed=False, answer=partial(compressed, "KeyDiffPress")),
+    "base, cache compressed (TOVA)": Arm("none", windowed=False, answer=partial(compressed, "TOVAPress")),
+}
+ARMS = MAIN_ARMS | BASELINES | CANDIDATES | FIRST_DESIGN | ORACLE_ARMS
 
 
 def adapt(

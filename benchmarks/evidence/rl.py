@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig
 
-from arms import ARMS
+from arms import ARMS, Arm
 from peft_pte.trainers.grpo import PTEGRPOTrainer
 from streams import SymbolTask
 from training import Settings, adapted, evaluate, supervised
@@ -37,11 +37,11 @@ START_STEPS = 50
 class Evaluation(TrainerCallback):
     """Greedy accuracy on the held-out streams, every few steps."""
 
-    def __init__(self, settings: Settings):
-        self.settings, self.rows = settings, []
+    def __init__(self, settings: Settings, arm: Arm):
+        self.settings, self.arm, self.rows = settings, arm, []
 
     def add(self, model: torch.nn.Module, step: int) -> None:
-        self.rows += [dict(row, step=step, reward="") for row in evaluate(model, self.settings, windowed=True)]
+        self.rows += [dict(row, step=step, reward="") for row in evaluate(model, self.settings, self.arm)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
         if state.global_step % EVALUATE_EVERY == 0 or state.global_step == args.max_steps:
@@ -82,7 +82,7 @@ def run_rl(name: str, seed: int, settings: Settings, grpo: dict[str, Any]) -> li
         model = adapted(ARMS[name], settings, seed, retained_prefix=task.prompt_length)
         for _ in supervised(model, settings, seed, ARMS[name]):
             pass
-        evaluation = Evaluation(settings.two_distances)
+        evaluation = Evaluation(settings.two_distances, ARMS[name])
         evaluation.add(model, 0)
         arguments = GRPOConfig(
             output_dir=output,

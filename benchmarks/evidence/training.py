@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
+from baselines import slots
 from peft_pte import PTECache
 from peft_pte.cache.schedule import Schedule
 from shared import prepare
@@ -177,16 +178,20 @@ def evictions(stream: Stream, task: Task, settings: Settings) -> int:
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, settings: Settings, windowed: bool, control: str = ""
+    model: torch.nn.Module, settings: Settings, arm: Arm, control: str = ""
 ) -> list[dict[str, float | int | str]]:
     """Accuracy and NLL of the scored tokens at each distance, on streams that no training has seen."""
     task, rows = settings.streams, []
     model.eval()
     for distance in settings.distances:
         stream = settings.held_out(distance).until_scored()
-        cache = PTECache() if windowed else None
+        cache = PTECache() if arm.windowed else None
         with CONTROLS[control]() if control else nullcontext():
-            _, nll, hits = loss_and_hits(model, stream, task.prompt_length, windowed, cache)
+            if arm.answer:
+                capacity = slots(model, task.prompt_length, settings.window_size, settings.rank)
+                nll, hits = arm.answer(model, stream.to(model.device), task.prompt_length, capacity)
+            else:
+                _, nll, hits = loss_and_hits(model, stream, task.prompt_length, arm.windowed, cache)
         hits = hits.all(1) if task.whole_answers else hits
         values = dict(accuracy=round(hits.float().mean().item(), 4), nll=round(nll.mean().item(), 4))
         norms = state_norms(cache)
@@ -271,18 +276,18 @@ def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[st
         for step in supervised(model, settings, seed, arm, unfinished):
             steps.append(step)
             if step.number in settings.curve_steps:
-                rows += at_step(steps, evaluate(model, settings.two_distances.few, arm.windowed))
+                rows += at_step(steps, evaluate(model, settings.two_distances.few, arm))
     about = dict(
         arm=name,
         seed=seed,
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         train_loss=round(steps[-1].loss, 4) if steps else float("nan"),
     )
-    last = evaluate(model, settings, arm.windowed)
-    last += evaluate(model, replace(settings.few, distances=settings.beyond), arm.windowed)
+    last = evaluate(model, settings, arm)
+    last += evaluate(model, replace(settings.few, distances=settings.beyond), arm)
     if arm.adapter == "pte" and arm.settings.get("state_update") != "none":
         for control in CONTROLS:
-            last += evaluate(model, settings.two_distances, arm.windowed, control)
+            last += evaluate(model, settings.two_distances, arm, control)
     rows += [dict(row, step=settings.steps) for row in at_step(steps, last)]
     about["seconds"] = round(time.time() - start)
     if unfinished:
