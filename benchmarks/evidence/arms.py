@@ -102,6 +102,7 @@ CANDIDATES: dict[str, Arm] = {
     "PTE, encoder learns 3 times slower": replace(pte(), slower={"thought_encoder": 3.0}),
     "PTE, A and B learn 3 times slower": replace(pte(), slower={"pte_A": 3.0, "pte_B": 3.0}),
     "PTE, scaling 1": replace(pte(), scaling=1.0),
+    "PTE, scaling 2": replace(pte(), scaling=2.0),
     "PTE, scaling 1/4": replace(pte(), scaling=1 / 4),
     "PTE, rank 16": replace(pte(), rank=16),
     "PTE, truncated gradient": pte(gradient="truncated"),
