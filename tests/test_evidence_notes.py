@@ -22,6 +22,8 @@ from notes import Notes
 from tasks import TASKS
 from training import Settings, adapted, run_arm
 
+OTHERS = "Berlin Monday Wave river cloud spark"
+
 
 def save_tokenizer(folder: Path, left_out: str = "") -> int:
     """As SmolLM2's: bytes and merges, single digits. Only words of notes are merged, so that it is made quickly."""
@@ -30,7 +32,7 @@ def save_tokenizer(folder: Path, left_out: str = "") -> int:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    words = [f" {word}" for word in f"{notes.NAMES} {notes.THINGS} number of is".split() if word != left_out]
+    words = [f" {word}" for word in f"{notes.NAMES} {notes.THINGS} {OTHERS} number of is".split() if word != left_out]
     trainer = trainers.BpeTrainer(
         vocab_size=5000,
         min_frequency=1,
@@ -100,6 +102,21 @@ def test_the_evaluation_has_names_things_and_text_of_its_own(folder: Path) -> No
     settings = Settings.of("notes", folder)
     names = set(re.findall(r" of (\w+) is", "".join(text_of(folder, row) for row in settings.held_out(0).input_ids)))
     assert names <= set(notes.words_in(notes.NAMES, held_out=True))
+
+
+def test_any_word_is_for_training_alone(folder: Path) -> None:
+    """Training has more words, none of them one that is asked for; the evaluation has the same streams."""
+    wide, narrow = notes.NotesOfAnyWord(folder), Notes(folder)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for here, there in zip(*(task.held_out.sample(4, 9, x) for task, x in zip((wide, narrow), generators))):
+        assert torch.equal(here, there)
+    for pool in ("names", "things"):
+        few, many, asked = (set(getattr(task.words, pool).tolist()) for task in (narrow, wide, wide.held_out))
+        assert len(many - few) >= 3 and few < many and not many & asked
+        read = [text_of(folder, torch.tensor([token])) for token in many]
+        assert all(re.fullmatch(r" [A-Z][a-z]+" if pool == "names" else r" [a-z]+", word) for word in read)
+    read = [text_of(folder, row) for row in wide.sample(4, 9, generators[0]).input_ids]
+    assert all(re.search(r"The number of [a-z]+ of [A-Z][a-z]+ is \d\d\.", text) for text in read)
 
 
 def test_what_a_tokenizer_must_do(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from notes import Notes
+from notes import Notes, NotesOfAnyWord
 from streams import Parts, SymbolTask, Task, every, pick, shuffled, symbols
 
 
@@ -269,5 +269,15 @@ class Rule110(SymbolTask):
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (Recall(), Capacity(), Capacity(32), Variables(), Multiplication(), Cycle(), Rule110(), Notes())
+    for task in (
+        Recall(),
+        Capacity(),
+        Capacity(32),
+        Variables(),
+        Multiplication(),
+        Cycle(),
+        Rule110(),
+        Notes(),
+        NotesOfAnyWord(),
+    )
 }
