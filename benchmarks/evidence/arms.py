@@ -35,8 +35,8 @@ class Arm:
 
     `adapter`: `"none"`, `"lora"`, `"pte"` or `"oracle"` (no model at all). `windowed`: under the bounded cache, which
     PTE always is. `settings`: of `PTEConfig`. `rank`, `scaling`: others than the common ones; rank "matched" gives LoRA
-    as many trained parameters as PTE has. `slower`: by how much the learning rate is smaller, by a part of the
-    parameters' names. `variant`: a change of the method that the package does not have, in force while the arm is
+    as many trained parameters as PTE has. `slower`: by how much the learning rate is smaller (below 1: larger),
+    by a part of the parameters' names. `variant`: a change of the method that the package does not have, in force while the arm is
     trained and evaluated. `answer`: another way to read streams (baselines.py), under a cache of PTE's bytes: (model,
     stream, length of the prompt, tokens that fit) -> NLL and correctness of what is scored.
     """
@@ -101,6 +101,9 @@ CANDIDATES: dict[str, Arm] = {
     "PTE, starts as the base asks": replace(pte(), variant=with_attention_start),
     "PTE, encoder learns 3 times slower": replace(pte(), slower={"thought_encoder": 3.0}),
     "PTE, A and B learn 3 times slower": replace(pte(), slower={"pte_A": 3.0, "pte_B": 3.0}),
+    "PTE, A learns 4 times faster": replace(pte(), slower={"pte_A": 1 / 4}),
+    "PTE, A of the output learns 4 times faster": replace(pte(), slower={"o_proj.pte_A": 1 / 4}),
+    "PTE, A of the output learns 16 times faster": replace(pte(), slower={"o_proj.pte_A": 1 / 16}),
     "PTE, scaling 1": replace(pte(), scaling=1.0),
     "PTE, scaling 2": replace(pte(), scaling=2.0),
     "PTE, scaling 1/4": replace(pte(), scaling=1 / 4),
