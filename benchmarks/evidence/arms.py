@@ -37,7 +37,7 @@ class Arm:
     PTE always is. `settings`: of `PTEConfig`. `rank`, `scaling`: others than the common ones; rank "matched" gives LoRA
     as many trained parameters as PTE has. `slower`: by how much the learning rate is smaller (below 1: larger), by a
     part of the parameters' names. `variant`: a change of the method that the package does not have, in force while the
-    arm is trained and evaluated. `answer`: another way to read streams (baselines.py), with PTE's bytes of cache: (model,
+    arm is trained and evaluated. `answer`: another way to read streams (baselines.py), in PTE's bytes: (model,
     stream, length of the prompt, tokens that fit) -> NLL and correctness of what is scored.
     """
 
