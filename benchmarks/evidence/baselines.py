@@ -5,8 +5,6 @@ Both read a stream as it would be decoded, and answer what `training.loss_and_hi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
@@ -61,12 +59,6 @@ def delethink(
     return answers(torch.cat(logits, 1), stream, columns)
 
 
-def steps(stream: Stream, prompt_length: int, end: int) -> Iterator[torch.Tensor]:
-    """Columns of the prompt, then one column at a time."""
-    yield torch.arange(prompt_length)
-    yield from torch.arange(prompt_length, end).split(1)
-
-
 @torch.no_grad()
 def compressed(
     press: str, model: torch.nn.Module, stream: Stream, prompt_length: int, capacity: int
@@ -87,7 +79,8 @@ def compressed(
     )
     cache, logits = DynamicCache(config=model.config), []
     with compressing(model):
-        for place in steps(stream, prompt_length, int(columns.max())):
+        places = torch.arange(int(columns.max()))
+        for place in (places[:prompt_length], *places[prompt_length:].split(1)):
             # kvpress takes the step from `cache_position`. Positions go on where keys are gone.
             output = model(
                 input_ids=stream.input_ids[:, place],
