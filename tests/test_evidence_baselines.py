@@ -13,9 +13,9 @@ from models import tiny_model
 from peft import get_peft_model
 from transformers import DynamicCache
 
-from baselines import answers, compressed, delethink, given_again, slots
+from baselines import compressed, delethink, given_again, slots
 from peft_pte import PTECache, PTEConfig
-from streams import Stream
+from streams import Stream, answers
 
 PROMPT = 3
 
@@ -75,7 +75,7 @@ def test_chunks_by_hand() -> None:
     model, read = tiny_model("llama").eval(), stream()
     nll, hits = delethink(model, read, PROMPT, 11)
     for i, column in enumerate((18, 19)):  # 16 tokens and 17 have been written behind the prompt
-        kept = torch.cat([read.input_ids[:, :PROMPT], read.input_ids[:, [11, 11][i] : column + 1]], 1)
+        kept = torch.cat([read.input_ids[:, :PROMPT], read.input_ids[:, 11 : column + 1]], 1)
         expected = full(model, Stream(kept, *[(torch.arange(kept.shape[1]) == kept.shape[1] - 1).repeat(2, 1)] * 2))
         torch.testing.assert_close(nll[:, i : i + 1], expected[0], rtol=1e-4, atol=1e-5)
         assert torch.equal(hits[:, i : i + 1], expected[1])

@@ -6,10 +6,9 @@ Both read a stream as it would be decoded, and answer what `training.loss_and_hi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 
-from streams import Stream
+from streams import Stream, answers
 
 
 def slots(model: torch.nn.Module, prompt_length: int, window_size: int, rank: int) -> int:
@@ -21,13 +20,6 @@ def slots(model: torch.nn.Module, prompt_length: int, window_size: int, rank: in
     in_slot = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     of_states = ((rank + 1) * rank + rank * rank) * torch.float32.itemsize
     return prompt_length + window_size + -(-of_states // in_slot)
-
-
-def answers(logits: torch.Tensor, stream: Stream, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """NLL and correctness, [N, columns], of the tokens at `columns`, from the logits before them [N, columns, V]."""
-    expected = stream.input_ids[:, columns]
-    nll = F.cross_entropy(logits.float().transpose(1, 2), expected, reduction="none")
-    return nll, logits.argmax(-1) == expected
 
 
 def given_again(length: int, prompt_length: int, capacity: int, carried: int) -> int:

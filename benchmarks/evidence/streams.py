@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Stream(NamedTuple):
@@ -28,6 +29,13 @@ class Stream(NamedTuple):
         """Without what stands behind the last scored token, which has no part in its prediction."""
         length = int(self.scored[0].nonzero().max()) + 1
         return Stream(*(x[:, :length] for x in self))
+
+
+def answers(logits: torch.Tensor, stream: Stream, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL and correctness, [N, columns], of the tokens at `columns`, from the logits before them [N, columns, V]."""
+    expected, logits = stream.input_ids[:, columns], logits.float()
+    nll = F.cross_entropy(logits.transpose(1, 2), expected, reduction="none")
+    return nll, logits.argmax(-1) == expected
 
 
 class Parts(NamedTuple):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
@@ -19,7 +18,7 @@ from baselines import slots
 from peft_pte import PTECache
 from peft_pte.cache.schedule import Schedule
 from shared import prepare
-from streams import Stream, SymbolTask, Task
+from streams import Stream, SymbolTask, Task, answers
 from tasks import TASKS
 from unfinished import Step, Unfinished
 
@@ -95,10 +94,9 @@ def loss_and_hits(
     stream = stream.to(model.device)
     # Logits of the answers alone: over a real vocabulary those of whole streams would not fit.
     columns = stream.answers[0].nonzero()[:, 0]
-    logits = model(input_ids=stream.input_ids, logits_to_keep=columns - 1, **options).logits.float()
-    expected, scored = stream.input_ids[:, columns], stream.scored[0, columns]
-    nll = F.cross_entropy(logits.transpose(1, 2), expected, reduction="none")
-    right = logits.argmax(-1) == expected
+    logits = model(input_ids=stream.input_ids, logits_to_keep=columns - 1, **options).logits
+    nll, right = answers(logits, stream, columns)
+    scored = stream.scored[0, columns]
     return nll.mean(), nll[:, scored], right[:, scored]
 
 
