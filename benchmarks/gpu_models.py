@@ -214,13 +214,14 @@ def measure_train(options: argparse.Namespace, results: Results) -> None:
 
 
 def measure_memory(options: argparse.Namespace, results: Results) -> None:
-    """Shapes one after the other; longest lengths last, so that the time limit cuts those."""
+    """Shapes one after the other; of each, longest lengths last, so that the time limit cuts those."""
     for shape in options.shapes:
         options.shape = shape
-        for arm in memory.ARMS:
-            for length in options.lengths:
+        too_long: set[str] = set()  # longer ones do not fit either
+        for length in options.lengths:
+            for arm in [arm for arm in memory.ARMS if arm not in too_long]:
                 if is_out_of_time(options):
                     return
                 row = dict(shape=shape, arm=arm, length=length)
                 if not results.measure(row, functools.partial(memory.measure, arm, length, options)):
-                    break  # longer ones do not fit either
+                    too_long.add(arm)

@@ -73,6 +73,9 @@ def run(options: argparse.Namespace) -> None:
     if options.learning_rate:
         settings = replace(settings, learning_rate=options.learning_rate)
         name = f"{name}_learning_rate_{options.learning_rate}"
+    if options.batch_size:
+        settings = replace(settings, batch_size=options.batch_size)
+        name = f"{name}_batch_size_{options.batch_size}"
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.csv"
     usual = ["PTE", *CANDIDATES] if options.candidates else list(MAIN_ARMS)
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of the arms' training, if others than usual")
     parser.add_argument("--learning-rate", type=float, help="of the arms' supervised training, if another than usual")
+    parser.add_argument("--batch-size", type=int, help="of the arms' supervised training, if another than usual")
     parser.add_argument("--hidden-size", type=int, default=64, help="of the base; 1024 gives 30 to 40M parameters")
     parser.add_argument("--device", default="cpu", help="'cuda' with --processes 1 or few")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
