@@ -197,6 +197,8 @@ def kernel_checks(device: str, dtype: torch.dtype) -> Iterator[KernelCheck]:
         (128, 64, "sum", 0, 1),
         (80, 16, "delta", 1, 4),
         (64, 32, "delta", 0, 1),
+        (64, 8, "delta", 0, 2),
+        (128, 1, "sum", 0, 1),
     )
     for head_dim, rank, update, turn, size in settings:
         keys_values = [normal(rows, 2, tokens + 9, head_dim)[:, :, 4:-5] for _ in range(2 * layers)]
@@ -235,7 +237,15 @@ def kernel_checks(device: str, dtype: torch.dtype) -> Iterator[KernelCheck]:
             tensors,
         )
     widths, size = (512, 144, 144), 528
-    for rank, num_rows, num_tokens in ((32, 3, 61), (64, 5, 1), (16, 70, 1)):
+    for rank, num_rows, num_tokens in (
+        (32, 3, 61),
+        (64, 5, 1),
+        (16, 70, 1),
+        (16, 2, 130),
+        (8, 3, 61),
+        (1, 64, 16),
+        (1, 3, 1),
+    ):
         bases = [normal(num_rows, num_tokens, width) for width in widths]
         factors = [normal(width, rank) for width in widths] + [normal(rank, size, scale=size**-0.5) for _ in widths]
         state = normal(num_rows, rank, rank, dtype=single, scale=rank**-0.5)

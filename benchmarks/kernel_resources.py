@@ -4,7 +4,9 @@
     python benchmarks/kernel_resources.py --targets sm_90 --only attention --output resources.csv
 
 Kernels are compiled for each target and the result is read with the `cuobjdump` that comes with Triton. The exit code
-is 1 if any of them has a stack, spills a register, or takes more shared memory than the target has. What is compiled is
+is 1 if any of them has a stack, spills a register, takes more shared memory than the target has, or multiplies with
+`wgmma` by 8 columns of TF32, which read shared memory that Triton did not allocate and fail on an H100 as an illegal
+memory access (triton-lang/triton#10629). What is compiled is
 what the ops launch: `launch` only notes its arguments while the ops run on empty CPU tensors of the cases below, and
 Triton's own rules make signatures out of them.
 """
@@ -86,6 +88,8 @@ def encode_cases(encode: Any) -> Iterator[Case]:
         (BF16, 128, 16, 1, 1, 2, 1),
         (BF16, 128, 32, 1, 0, 3, 2),
         (FP16, 64, 64, 1, 1, 0, 4),
+        *((dtype, 64, rank, 2, 1, 1, 2) for dtype in (BF16, FP32) for rank in (1, 4, 16)),
+        (BF16, 128, 48, 2, 1, 1, 2),
     ]
     for dtype, head_dim, rank, layers, delta, rotation, size in settings:
 
@@ -115,7 +119,7 @@ def state_cases(state: Any) -> Iterator[Case]:
         *((rank, "row", True) for rank in (8, 64)),
         (16, "none", False),
         (32, "frobenius", True),
-        *((rank, "bound", True) for rank in (16, 32, 64)),
+        *((rank, "bound", True) for rank in (1, 4, 16, 32, 48, 64)),
     ]:
 
         def run(rank=rank, norm=norm, transposed=transposed):
@@ -154,6 +158,9 @@ def low_rank_cases(low_rank: Any) -> Iterator[Case]:
             for size in (decoding, segment)
         ),
         (BF16, 8, attention, *segment),
+        *((dtype, rank, attention, *segment) for dtype in (BF16, FP32) for rank in (1, 4, 16)),
+        *((BF16, rank, single, *size) for rank in (1, 8, 16, 48) for size in (decoding, segment)),
+        *((BF16, rank, odd, *segment) for rank in (4, 16)),
         (FP32, 16, attention, *decoding),
         (FP16, 32, attention, *segment),
         *((BF16, 32, single, *size) for size in ((1, 1), (128, 1), segment)),
@@ -270,7 +277,7 @@ def source_of(launch: Launch, target: GPUTarget) -> Source:
 
 
 def nvidia_resources(compiled: Any) -> dict[str, int]:
-    """`spills` counts loads and stores of thread-local memory in the machine code."""
+    """`spills` counts loads and stores of thread-local memory in the machine code, `narrow` products by 8 columns."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -283,7 +290,8 @@ def nvidia_resources(compiled: Any) -> dict[str, int]:
         registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
         # Disassembly is slow; a thread that has no memory of its own cannot read or write it.
         spills = len(re.findall(r"\b(?:LDL|STL)\b", show("-sass"))) if stack + local else 0
-    return dict(registers=registers, stack=stack + local, spills=spills)
+    narrow = len(re.findall(r"\bwgmma\.mma_async\S*\.m64n8k", compiled.asm["ptx"]))
+    return dict(registers=registers, stack=stack + local, spills=spills, narrow=narrow)
 
 
 def amd_resources(compiled: Any) -> dict[str, int]:
@@ -293,7 +301,7 @@ def amd_resources(compiled: Any) -> dict[str, int]:
         return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
 
     spills = value("vgpr_spill_count") + value("sgpr_spill_count")
-    return dict(registers=value("vgpr_count"), stack=value("private_segment_fixed_size"), spills=spills)
+    return dict(registers=value("vgpr_count"), stack=value("private_segment_fixed_size"), spills=spills, narrow=0)
 
 
 def compile_source(source: Source, target: str) -> dict[str, Any]:
@@ -306,7 +314,7 @@ def compile_source(source: Source, target: str) -> dict[str, Any]:
         compiled = triton.compile(ast, target=gpu, options=source.options.__dict__)
     except (triton.CompilationError, RuntimeError) as error:
         print(error, file=sys.stderr)
-        nothing = dict.fromkeys(("registers", "stack", "spills", "shared"), "")
+        nothing = dict.fromkeys(("registers", "stack", "spills", "narrow", "shared"), "")
         return row | nothing | dict(seconds=round(time.perf_counter() - start, 2), ok=False)
     resources = amd_resources(compiled) if gpu.backend == "hip" else nvidia_resources(compiled)
     shared = compiled.metadata.shared
@@ -314,7 +322,7 @@ def compile_source(source: Source, target: str) -> dict[str, Any]:
         **resources,
         shared=shared,
         seconds=round(time.perf_counter() - start, 2),
-        ok=not resources["stack"] and not resources["spills"] and shared <= shared_limit,
+        ok=not any(resources[name] for name in ("stack", "spills", "narrow")) and shared <= shared_limit,
     )
 
 
@@ -342,7 +350,9 @@ def main() -> None:
     rows = []
     for row in table(options.only, options.targets):
         rows.append(row)
-        numbers = "  ".join(f"{name} {row[name]}" for name in ("warps", "registers", "shared", "spills", "stack"))
+        numbers = "  ".join(
+            f"{name} {row[name]}" for name in ("warps", "registers", "shared", "spills", "stack", "narrow")
+        )
         verdict = "ok" if row["ok"] else "TOO MUCH"
         print(f"{row['target']:<7} {row['kernel']:<26} {row['case']:<58} {numbers}  {verdict}", flush=True)
     if options.output:

@@ -50,6 +50,41 @@ if __name__ == "__main__":
     kernel_resources.CASES = {"logprobs": cases}
     kernel_resources.main()
 """
+# Eight warps share a tile of 64 x 16 numbers: by two groups of four, with 8 columns each.
+NARROW = """
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def narrow_kernel(x_ptr, y_ptr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, COLUMNS)[None, :]
+    x = tl.load(x_ptr + row * COLUMNS + column)
+    y = tl.load(y_ptr + tl.arange(0, COLUMNS)[:, None] * COLUMNS + column)
+    z = tl.dot(x, y, input_precision="tf32x3")
+    tl.store(x_ptr + row * COLUMNS + column, tl.dot(z, y, input_precision="tf32x3"))
+
+
+def cases(module):
+    yield "narrow", lambda: module.launch(
+        narrow_kernel,
+        (1,),
+        torch.empty(1024),
+        torch.empty(256),
+        SIZE=64,
+        COLUMNS=16,
+        device=torch.device("cpu"),
+        num_warps=8,
+    )
+
+
+if __name__ == "__main__":
+    import kernel_resources
+
+    kernel_resources.CASES = {"logprobs": cases}
+    kernel_resources.main()
+"""
 
 
 def run(*command: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -94,3 +129,12 @@ def test_gate_fails_on_a_kernel_that_spills(target: str, tmp_path: Path) -> None
     (row,) = csv.DictReader((tmp_path / "table.csv").open())
     assert int(row["spills"]) > 0 and int(row["stack"]) > 0 and row["ok"] == "False"
     assert done.returncode == 1, done.stderr
+
+
+def test_gate_fails_on_a_product_by_8_columns(tmp_path: Path) -> None:
+    (tmp_path / "narrow.py").write_text(NARROW)
+    done = run("narrow.py", "--targets", "sm_80", "sm_90", "--output", "table.csv", folder=tmp_path)
+    rows = {row["target"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    assert int(rows["sm_90"]["narrow"]) > 0 and rows["sm_90"]["ok"] == "False", done.stderr
+    assert int(rows["sm_80"]["narrow"]) == 0 and rows["sm_80"]["ok"] == "True"
+    assert done.returncode == 1

@@ -98,6 +98,15 @@ def tile(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def num_warps(rank: int) -> int:
+    """Warps of a program that multiplies tiles of 64 tokens by a tile as wide as the rank: eight, but for 16 columns.
+
+    Eight would share those as 8 and 8, and Hopper's products by 8 columns of TF32 read past what Triton allocates: an
+    illegal memory access on an H100 (triton-lang/triton#10629). benchmarks/kernel_resources.py finds them offline.
+    """
+    return 8 if tile(rank) > 16 else 4
+
+
 def can_skip_dispatcher() -> bool:
     """Whether a registered op may be called as the function that it is, which saves half of the host's time for it.
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..dispatch import launch, limits, precision, register, tile
+from ..dispatch import launch, limits, num_warps, precision, register, tile
 from .encode_kernels import (
     block_backward_kernel,
     project_backward_kernel,
@@ -195,7 +195,7 @@ def project(call: Call) -> Projected:
         *(known, values, count, num_layers, num_rows, m, num_heads, head_dim),
         *(*k.stride()[:3], *v.stride()[:3], stride_cb, stride_cm, *valid.stride()[:2]),
         BP=TOKENS,
-        **dict(call.reading_options(), num_stages=2 if r <= 32 else 1, num_warps=8),
+        **dict(call.reading_options(), num_stages=2 if r <= 32 else 1, num_warps=num_warps(r)),
     )
     return projected
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launch, limits, precision, register, tile
+from ..dispatch import launch, limits, num_warps, precision, register, tile
 
 MAX_PROJECTIONS = 3
 # Tiles. A program of `expand_kernel` reads its part of A and a state once for all its tokens. Widths that are no
@@ -277,7 +277,7 @@ def low_rank(
             BM=tokens,
             BO=block,
             PRECISION=precision(),
-            num_warps=8,
+            num_warps=num_warps(r),
             **options,
         )
     return [*outputs, z]
