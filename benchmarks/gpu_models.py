@@ -164,6 +164,12 @@ TRAIN_ARMS = (
     "PTE, checkpointed, head",
     "PTE, truncated, head",
 )
+# With a change, at the end: compiled layers take minutes to start.
+TRAINED = [
+    *((arm, "") for arm in TRAIN_ARMS),
+    ("PTE, checkpointed", "PyTorch"),
+    *((arm, "compiled") for arm in ("PTE", "PTE, truncated, head", "LoRA, full cache")),
+]
 TRAIN_WINDOW = 512  # so that 1024 tokens evict several times
 
 
@@ -191,21 +197,27 @@ def measure_train(options: argparse.Namespace, results: Results) -> None:
     batch, length, steps = (8, 1024, 5) if device == "cuda" else (1, 160, 1)
     window = TRAIN_WINDOW if device == "cuda" else 32
     for shape in options.shapes:
-        for arm, is_plain in [*((arm, False) for arm in TRAIN_ARMS), ("PTE, checkpointed", True)]:
+        for arm, change in TRAINED if device == "cuda" else TRAINED[:-2]:
             if is_out_of_time(options):
                 return
 
-            def run(shape: str = shape, arm: str = arm, is_plain: bool = is_plain) -> dict[str, Any]:
+            def run(shape: str = shape, arm: str = arm, change: str = change) -> dict[str, Any]:
                 adapter, checkpointing, head = memory.ARMS[arm]
                 model = memory.make_model(shape, adapter, checkpointing, window, device)
+                if change == "compiled":
+                    torch._dynamo.reset()
+                    for layer in model.get_base_model().model.layers:
+                        layer.compile(backend="inductor" if device == "cuda" else "eager")
                 step = train_step(model, head, batch, length, device)
-                with plain_torch() if is_plain else nullcontext():
+                with plain_torch() if change == "PyTorch" else nullcontext():
                     step()  # the optimizer's state exists, and what is built on first use
                     with Peak(device) as peak:
                         times = step_times(step, steps, device, warm_up=1)
                 return dict(seconds=round(statistics.median(times), 4), peak_bytes=peak.bytes)
 
-            row = dict(shape=shape, arm=arm + ", PyTorch" * is_plain, batch=batch, length=length, window=window)
+            row = dict(
+                shape=shape, arm=", ".join(filter(None, [arm, change])), batch=batch, length=length, window=window
+            )
             results.measure(row, run)
             gc.collect()
 

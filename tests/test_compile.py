@@ -53,3 +53,31 @@ def test_training_step(regional: bool) -> None:
     else:  # at the hook of the model and the wrapper of the decoder, once for each frame around them
         assert breaks.total() <= 5 and all("torch.compiler.disable" in reason for reason in breaks), breaks
     assert counters["stats"]["unique_graphs"] >= 2  # something was compiled
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "truncated"])
+def test_layers_share_their_graphs(way: str) -> None:
+    """However deep the model, the same few graphs: as many as there are kinds of segments, and not more in a new step.
+
+    A layer of its own for each would end at the compiler's limit of recompilations, and run as it is beyond.
+    """
+    settings = dict(gradient="truncated") if way == "truncated" else {}
+    found = []
+    for num_layers in (2, 4):
+        torch._dynamo.reset()
+        counters.clear()
+        base = tiny_model("llama", num_hidden_layers=num_layers)
+        model = with_adapter(base, window_size=6, eviction_ratio=0.5, **settings).train()
+        if way == "checkpointed":
+            model.gradient_checkpointing_enable()
+        expected, own = gradients(model, model)
+        for layer in find_decoder(model).layers:
+            layer.compile(backend="eager")
+        for _ in range(2):
+            loss, compiled = gradients(model, model)
+            assert torch.allclose(loss, expected, rtol=1e-6)
+            scale = max(gradient.abs().max() for gradient in own.values())
+            assert all((compiled[name] - own[name]).abs().max() <= 1e-9 * scale for name in own)
+            found.append(counters["stats"]["unique_graphs"])
+        assert not counters["graph_break"]
+    assert len(set(found)) == 1 and found[0] <= 6, found

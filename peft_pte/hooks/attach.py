@@ -49,7 +49,7 @@ def attach_encoder(attachment: Attachment, attention: nn.Module, encoder: Though
     attachment.encoders.append(encoder)
     attachment.handles += [
         attention.register_forward_pre_hook(hand_over_state, with_kwargs=True),
-        attention.register_forward_hook(take_state_back, always_call=True),
+        attention.register_forward_hook(take_state_back),
     ]
 
 

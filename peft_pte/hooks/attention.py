@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..encoder import ENCODER_NAME
 from ..families import SPLIT_PROJECTIONS
 from ..host import CACHE_NAMES, cache_in, versions
 from ..layer import AttentionCall, Linear, current_call
+from ..replay.segments import SegmentCache
 
 
 def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -19,7 +21,7 @@ def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     if not encoder.live_adapters:
         return
     cache = cache_in(kwargs)
-    layer = cache.layers[attention.layer_idx] if cache is not None else None
+    layer = layer_of(cache, attention) if cache is not None else None
     if layer is None or not hasattr(layer, "states_for"):
         raise RuntimeError(
             f"Layer {attention.layer_idx} was called without PTE's cache (got {type(cache).__name__}), so its thoughts "
@@ -40,8 +42,17 @@ def hand_over_state(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         current_call.set(call)
 
 
+def layer_of(cache: Cache, attention: nn.Module) -> CacheLayerMixin:
+    """What the cache has for this module."""
+    return cache.of(attention.layer_idx) if isinstance(cache, SegmentCache) else cache.layers[attention.layer_idx]
+
+
 def take_state_back(attention: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of an attention module, called on errors too: nothing stays behind."""
+    """Forward hook of an attention module: nothing stays behind.
+
+    After an error `around_decoder` sees to that: a hook that is called on errors too is known by a number of its own,
+    for which `torch.compile` would compile each layer anew.
+    """
     if torch.compiler.is_compiling():
         for projection in attention.children():
             if isinstance(projection, Linear):

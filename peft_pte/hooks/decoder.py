@@ -19,6 +19,7 @@ from ..cache.graph import ready_step, replayed_step
 from ..compiling import decides, uncompiled
 from ..config import CachePolicy
 from ..host import DecoderOutput, cache_in, call_with_cache, set_cache, take_cache
+from ..layer import current_call
 from ..replay.heads import TaskOf, as_hidden, as_output, current_head, current_hidden, num_chunks, wants_hidden
 from ..replay.replay import agreed_maximum, join_outputs, replay
 from ..replay.segments import embedded_rows, layer_checkpointing_off
@@ -28,7 +29,16 @@ from .calls import TURN_STREAMS, Facts, decide
 
 @decides
 def around_decoder(decoder: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The decoder's forward under the bounded cache: with a cache, step by step; without, as a replay."""
+    """The decoder's forward under the bounded cache. After an error in an attention module, no state stays behind."""
+    try:
+        return bounded_forward(decoder, original, *args, **kwargs)
+    finally:
+        current_call.set(None)
+
+
+@decides
+def bounded_forward(decoder: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """With a cache, step by step; without, as a replay."""
     if current_hidden.get() is not None:  # a head asks the top model for the logits of these
         return DecoderOutput(last_hidden_state=current_hidden.get())
     kwargs = named_arguments(type(decoder).forward, args, kwargs)

@@ -65,7 +65,8 @@ class Replay:
             yield list(group)
 
     def new_past(self) -> list[LayerPast]:
-        return [LayerPast() for _ in range(self.decoder.config.num_hidden_layers)]
+        compiled = any(layer._compiled_call_impl is not None for layer in self.decoder.layers)  # by `layer.compile()`
+        return [LayerPast(copies=compiled) for _ in range(self.decoder.config.num_hidden_layers)]
 
     @uncompiled
     def take_evicted(self, past: list[LayerPast], segment: Segment) -> Gone:

@@ -69,6 +69,11 @@ def joined(pieces: list[Piece]) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.cat(keys, dim=-2), torch.cat(values, dim=-2)) if len(pieces) > 1 else (keys[0], values[0])
 
 
+def copied(x: torch.Tensor) -> torch.Tensor:
+    """[B, H_kv, m, head_dim] that lies in memory as projections give it, token by token, whatever the size of B."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2).copy_(x)
+
+
 class Gone(NamedTuple):
     """What leaves all layers at once: pieces by layer, positions [B, m] and validity [B, m] (None: all valid)."""
 
@@ -100,11 +105,16 @@ Cores = dict[str, Stored]  # by adapter, each [B, r, r]
 
 @dataclass
 class LayerPast:
-    """What one layer carries from segment to segment."""
+    """What one layer carries from segment to segment.
+
+    `copies`: pieces of a longer segment get memory of their own. They lie like those of later segments then, and
+    `torch.compile` need not compile a layer for each mixture of both.
+    """
 
     prefix: list[Piece] = field(default_factory=list)
     thoughts: list[Piece] = field(default_factory=list)
     cores: Cores = field(default_factory=dict)
+    copies: bool = False
 
     @uncompiled
     def take(self, count: int) -> list[Piece]:
@@ -131,7 +141,8 @@ class LayerPast:
             in_prefix = start < prefix
             border = prefix if in_prefix else start + num_evicted - (start - prefix) % num_evicted
             size = min(end, border) - start
-            piece = Piece(Stored(keys[..., :size, :]), Stored(values[..., :size, :]))
+            own = [x[..., :size, :] for x in (keys, values)]
+            piece = Piece(*(Stored(copied(x) if self.copies else x) for x in own))
             (self.prefix if in_prefix else self.thoughts).append(piece)
             keys, values, start = keys[..., size:, :], values[..., size:, :], start + size
 
@@ -154,6 +165,7 @@ class SegmentLayer(CacheLayerMixin):
         self.new_cores: dict[str, torch.Tensor] = {}
         self.states: dict[str, torch.Tensor] = {}
         self.has_states = False
+        self.following: SegmentLayer  # by SegmentCache
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -186,7 +198,28 @@ class SegmentLayer(CacheLayerMixin):
 
 
 class SegmentCache(Cache):
-    """The layers of one segment."""
+    """The layers of one segment, which are called in order.
+
+    An index into `layers` is a constant to `torch.compile`, so each of the model's layers would be compiled for itself,
+    up to a limit, and run as it is beyond. What is compiled takes the next layer instead, whichever that is.
+    """
+
+    def __init__(self, layers: list[SegmentLayer]):
+        super().__init__(layers=layers)
+        end = SegmentLayer([], {}, None, 0)  # like the others, to the compiler; a ring would not be freed at once
+        for layer, following in zip(layers, [*layers[1:], end]):
+            layer.following = following
+        self.next_layer = layers[0]
+
+    def of(self, layer_idx: int) -> SegmentLayer:
+        return self.next_layer if torch.compiler.is_compiling() else self.layers[layer_idx]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.of(layer_idx)
+        self.next_layer = layer.following
+        return layer.update(key_states, value_states)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.layers[layer_idx].stored_length
