@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..cache.cache import PTECache
 from ..cache.eviction import evict
 from ..cache.graph import ready_step, replayed_step
-from ..compiling import decides, uncompiled
+from ..compiling import decides, layers_uncompiled, uncompiled
 from ..config import CachePolicy
 from ..host import DecoderOutput, cache_in, call_with_cache, set_cache, take_cache
 from ..layer import current_call
@@ -194,7 +194,7 @@ def cached_forward(
         else:
             output = replayed_step(decoder, original, cache, inputs, step_mask, positions, kwargs, call)
         if output is None:
-            with layer_checkpointing_off(decoder):
+            with layer_checkpointing_off(decoder), layers_uncompiled(decoder):
                 output = call_with_cache(
                     decoder,
                     original,

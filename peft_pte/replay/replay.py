@@ -18,7 +18,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..cache.schedule import Schedule, Segment, stored_columns
-from ..compiling import decides, uncompiled
+from ..compiling import decides, has_compiled_layers, uncompiled
 from ..config import CachePolicy
 from ..host import CACHE_NAMES, DecoderOutput
 from ..stacked import StackedEncoders, has_gathered_encoders, stack_encoders
@@ -65,7 +65,7 @@ class Replay:
             yield list(group)
 
     def new_past(self) -> list[LayerPast]:
-        compiled = any(layer._compiled_call_impl is not None for layer in self.decoder.layers)  # by `layer.compile()`
+        compiled = has_compiled_layers(self.decoder)
         return [LayerPast(copies=compiled) for _ in range(self.decoder.config.num_hidden_layers)]
 
     @uncompiled

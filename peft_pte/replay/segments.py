@@ -107,7 +107,7 @@ Cores = dict[str, Stored]  # by adapter, each [B, r, r]
 class LayerPast:
     """What one layer carries from segment to segment.
 
-    `copies`: pieces of a longer segment get memory of their own. They lie like those of later segments then, and
+    `copies`: pieces get memory of their own. Those of the first, long segment lie like all others then, and
     `torch.compile` need not compile a layer for each mixture of both.
     """
 
