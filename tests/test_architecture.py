@@ -31,7 +31,12 @@ ROOMS = {
         *(["schedule", "slots", "flash"], ["rows"], ["layers"], ["cache"]),
         *(["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]),
     ],
-    "replay": [["layout", "heads", "__init__"], ["segments"], ["truncated", "distillation"], ["replay"]],
+    "replay": [
+        ["layout", "heads", "checkpointing", "__init__"],
+        ["segments"],
+        ["truncated", "distillation"],
+        ["replay"],
+    ],
     "hooks": [
         ["window", "border", "calls", "attention", "__init__"],
         ["attachment"],

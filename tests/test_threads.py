@@ -79,7 +79,7 @@ def test_checkpointed_training_beside_a_generation(gradient: str) -> None:
 
 def test_checkpointing_is_not_lost_beside_a_generation() -> None:
     """While another thread decodes, a replay still sees that checkpointing is on, and so does the base model."""
-    from peft_pte.replay.segments import checkpoints_layers, layer_checkpointing_off
+    from peft_pte.replay.checkpointing import checkpoints_layers, layer_checkpointing_off
 
     model = with_adapter(tiny_model("llama"), window_size=8).train()
     model.gradient_checkpointing_enable()

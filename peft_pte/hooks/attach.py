@@ -16,7 +16,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..encoder import ENCODER_NAME, ThoughtEncoder
-from ..replay.segments import restore_checkpointing_flags
+from ..replay.checkpointing import restore_checkpointing_flags
 from .attachment import Attachment, unwrap, wrap
 from .attention import hand_over_state, take_state_back
 from .border import find_border, forget_border

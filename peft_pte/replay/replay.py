@@ -22,13 +22,13 @@ from ..compiling import decides, has_compiled_layers, uncompiled
 from ..config import CachePolicy
 from ..host import CACHE_NAMES, DecoderOutput
 from ..stacked import StackedEncoders, has_gathered_encoders, stack_encoders
+from .checkpointing import checkpoints_layers
 from .heads import Scoring, TaskOf, as_output, num_chunks
 from .layout import Layout
 from .segments import (
     Gone,
     LayerPast,
     Stored,
-    checkpoints_layers,
     current_watch,
     embedded_rows,
     run_checkpointed,
