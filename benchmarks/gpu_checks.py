@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from captured import CapturedSteps
 from measuring import Results, plain_torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -106,6 +107,24 @@ def gradients_of_two_ways(device: str, dtype: torch.dtype, gradient: str) -> flo
     return ((actual - expected).norm() / expected.norm()).item()
 
 
+def captured_against_eager(device: str, dtype: torch.dtype) -> float:
+    """Relative difference of gradients of two batches: replayed as one CUDA graph, and eager."""
+    model = tiny(device, dtype).train()
+    first, second = batch(device)[0].split(2)
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        return -model(ids, prompt_lengths=PROMPT, use_cache=False).logits[:, PROMPT:].float().log_softmax(-1).mean()
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    steps, differences = CapturedSteps(parameters), []
+    for ids in (first, second, first):
+        steps(ids, loss_of)
+        actual = torch.cat([p.grad.flatten().float() for p in parameters])
+        expected = torch.cat([g.flatten().float() for g in torch.autograd.grad(loss_of(ids), parameters)])
+        differences.append(((actual - expected).norm() / expected.norm()).item())
+    return max(differences)
+
+
 @torch.no_grad()
 def kernels_against_torch(device: str, dtype: torch.dtype) -> float:
     """Largest difference of log-probabilities of decoding with and without Triton kernels."""
@@ -123,12 +142,15 @@ CHECKS: dict[str, tuple[Callable[[str, torch.dtype], float], float, float]] = {
     "offload = plain gradients": (lambda *at: gradients_of_two_ways(*at, "full"), 1e-4, 0.05),
     "truncated = ordinary autograd": (lambda *at: gradients_of_two_ways(*at, "truncated"), 1e-4, 0.05),
 }
+CAPTURE_CHECKS = {"training step as a CUDA graph = eager": (captured_against_eager, 1e-4, 0.05)}
 GRAPH_CHECKS = {"CUDA graph = eager decoding": (graph_against_eager, 1e-4, 0.25)}
 
 
 def check_models(options: argparse.Namespace, results: Results) -> bool:
     """Whether all is right but for graphs; `options.graphs` says whether those are: decoding is measured without."""
     options.graphs = run_checks(GRAPH_CHECKS, options, results)
+    if options.device == "cuda":
+        run_checks(CAPTURE_CHECKS, options, results)  # which nothing else rests on
     return run_checks(CHECKS, options, results)
 
 

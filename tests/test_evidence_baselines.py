@@ -30,7 +30,7 @@ def stream(length: int = 20, scored: tuple[int, ...] = (18, 19)) -> Stream:
 def full(model: torch.nn.Module, read: Stream) -> tuple[torch.Tensor, torch.Tensor]:
     columns = read.scored[0].nonzero()[:, 0]
     with torch.no_grad():
-        return answers(model(input_ids=read.input_ids).logits[:, columns - 1], read, columns)
+        return answers(model(input_ids=read.input_ids).logits[:, columns - 1], read.input_ids, columns)
 
 
 class Press:
@@ -94,7 +94,7 @@ def test_a_compressed_cache_by_hand(kvpress: None) -> None:
             if (column - PROMPT + 1) % 3 == 0:
                 for layer in cache.layers:
                     layer.keys, layer.values = layer.keys[:, :, -5:], layer.values[:, :, -5:]
-    expected = answers(torch.cat(logits, 1), read, torch.tensor([18, 19]))
+    expected = answers(torch.cat(logits, 1), read.input_ids, torch.tensor([18, 19]))
     for here, there in zip(compressed("KnormPress", model, read, PROMPT, 8), expected):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
     assert (compressed("KnormPress", model, read, PROMPT, 8)[0] - full(model, read)[0]).abs().max() > 1e-3

@@ -48,7 +48,7 @@ def delethink(
         start = given_again(column, prompt_length, capacity, carried)
         read = torch.cat([ids[:, :prompt_length], ids[:, start:column]], 1)
         logits.append(model(input_ids=read, use_cache=False, logits_to_keep=1).logits)
-    return answers(torch.cat(logits, 1), stream, columns)
+    return answers(torch.cat(logits, 1), stream.input_ids, columns)
 
 
 @torch.no_grad()
@@ -84,4 +84,4 @@ def compressed(
             )
             if place[-1] + 1 in columns:
                 logits.append(output.logits)
-    return answers(torch.cat(logits, 1), stream, columns)
+    return answers(torch.cat(logits, 1), stream.input_ids, columns)

@@ -1,4 +1,4 @@
-"""What the evidence shares with the examples: the packaged checkpoint, real text, and controls."""
+"""What the evidence shares with the examples (the packaged checkpoint, real text, controls) and other benchmarks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 # Behind all else, so that nothing of ours is hidden.
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
+sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("examples", "benchmarks")]
+
+from captured import CapturedSteps
 
 from checkpoint import dtype_here, prepare
 from controls import states_swapped, states_zeroed
 from real_text import paragraphs
 
-__all__ = ["dtype_here", "paragraphs", "prepare", "states_swapped", "states_zeroed"]
+__all__ = ["CapturedSteps", "dtype_here", "paragraphs", "prepare", "states_swapped", "states_zeroed"]

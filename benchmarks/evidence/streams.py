@@ -31,9 +31,9 @@ class Stream(NamedTuple):
         return Stream(*(x[:, :length] for x in self))
 
 
-def answers(logits: torch.Tensor, stream: Stream, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def answers(logits: torch.Tensor, input_ids: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """NLL and correctness, [N, columns], of the tokens at `columns`, from the logits before them [N, columns, V]."""
-    expected, logits = stream.input_ids[:, columns], logits.float()
+    expected, logits = input_ids[:, columns], logits.float()
     nll = F.cross_entropy(logits.transpose(1, 2), expected, reduction="none")
     return nll, logits.argmax(-1) == expected
 

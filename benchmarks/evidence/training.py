@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
 from baselines import slots
 from peft_pte import PTECache
 from peft_pte.cache.schedule import Schedule
-from shared import prepare
+from shared import CapturedSteps, prepare
 from streams import Stream, SymbolTask, Task, answers
 from tasks import TASKS
 from unfinished import Step, Unfinished
@@ -36,6 +37,7 @@ class Settings:
     batch_size: int = 32
     learning_rate: float = 2.5e-3
     trained_distance: int = 64  # streams have 0 to this many tokens of filler in training
+    distance_step: int = 1  # and a multiple of this
     distances: tuple[int, ...] = (0, 16, 32, 64, 128, 256)  # in the evaluation
     beyond: tuple[int, ...] = (1024, 4096)  # the same, once at the end, on a quarter of the streams
     num_evaluated: int = 512
@@ -44,6 +46,7 @@ class Settings:
     hidden_size: int = 64  # of the base, if it is trained here
     base_dtype: str = "float32"  # of the frozen base; adapters are float32
     device: str = "cpu"
+    graphs: bool = False  # steps of training as CUDA graphs, one for each distance
     unfinished: Path | None = None  # folder of what killed runs go on from
 
     @classmethod
@@ -95,9 +98,18 @@ def loss_and_hits(
     # Logits of the answers alone: over a real vocabulary those of whole streams would not fit.
     columns = stream.answers[0].nonzero()[:, 0]
     logits = model(input_ids=stream.input_ids, logits_to_keep=columns - 1, **options).logits
-    nll, right = answers(logits, stream, columns)
+    nll, right = answers(logits, stream.input_ids, columns)
     scored = stream.scored[0, columns]
     return nll.mean(), nll[:, scored], right[:, scored]
+
+
+def loss_of_columns(
+    model: torch.nn.Module, columns: torch.Tensor, prompt_length: int, windowed: bool, input_ids: torch.Tensor
+) -> torch.Tensor:
+    """As `loss_and_hits`, the loss alone, where the host has to wait for nothing: answers are at `columns`."""
+    options = dict(prompt_lengths=prompt_length) if windowed else {}
+    logits = model(input_ids=input_ids, logits_to_keep=columns - 1, use_cache=False, **options).logits
+    return answers(logits, input_ids, columns)[0].mean()
 
 
 def new_base(task: SymbolTask, hidden_size: int) -> torch.nn.Module:
@@ -233,16 +245,23 @@ def supervised(
     parameters = [parameter for group in by_pace.values() for parameter in group]
     optimizer = torch.optim.AdamW([dict(params=p, slower=x) for x, p in by_pace.items()], weight_decay=0.0)
     done = unfinished.load(parameters, optimizer, generator) if unfinished else 0
+    captured = CapturedSteps(parameters) if settings.graphs else None
     for step in range(done, settings.steps):
         model.train()
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * settings.pace * min(1, (step + 1) / 20) * decay / group["slower"]
-        distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
+        steps = settings.trained_distance // settings.distance_step
+        distance = settings.distance_step * int(torch.randint(steps + 1, (), generator=generator))
         stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
-        loss, _, _ = loss_and_hits(model, stream, task.prompt_length, arm.windowed)
-        optimizer.zero_grad()
-        loss.backward()
+        if captured is None:
+            loss, _, _ = loss_and_hits(model, stream, task.prompt_length, arm.windowed)
+            optimizer.zero_grad()
+            loss.backward()
+        else:
+            columns = stream.answers[0].nonzero()[:, 0].to(model.device)
+            loss_of = partial(loss_of_columns, model, columns, task.prompt_length, arm.windowed)
+            loss = captured(stream.input_ids.to(model.device), loss_of)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         yield Step(step + 1, loss.item(), norm.item())
@@ -302,8 +321,8 @@ def at_step(steps: list[Step], rows: list[dict[str, Any]]) -> list[dict[str, Any
 
 def about_training(settings: Settings) -> dict[str, Any]:
     """The settings that a row of results tells."""
-    left_out = {"base", "unfinished", "distances", "beyond", "num_evaluated", "difficulty", "device"}
-    usual = {"hidden_size", "base_dtype"}  # told where they are other than usual
+    left_out = {"base", "unfinished", "distances", "beyond", "num_evaluated", "difficulty", "device", "graphs"}
+    usual = {"hidden_size", "base_dtype", "distance_step"}  # told where they are other than usual
     left_out |= {field.name for field in fields(settings) if getattr(settings, field.name) == field.default} & usual
     told = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return told | dict(difficulty=" ".join(f"{key}={value}" for key, value in settings.difficulty))

@@ -145,6 +145,8 @@ def border_of(
 ) -> torch.Tensor | None:
     """The caller's column of each row's first thought, [B], or None if the call does not say.
 
+    In host memory where the host knows it: a GPU need not be waited for then.
+
     In this order: `prompt_lengths`; the first label that is not -100 (a row without any takes the batch's minimum, and
     without any at all everything is prompt), also where labels are those of the last `logits_to_keep` columns (ms-swift
     cuts them so); an int `logits_to_keep` above 1 (TRL's way to ask for the logits of the completion and of the token
@@ -165,7 +167,7 @@ def border_of(
     if prompt_lengths is not None:
         # With a cache the rest of the prompt may come later.
         most = None if past is not None or call.get("use_cache") else length
-        return checked_lengths(prompt_lengths, batch_size, most, x.device)
+        return checked_lengths(prompt_lengths, batch_size, most)
     if seen:
         return None
     labels, logits_to_keep = call.get("labels"), call.get("logits_to_keep")
@@ -183,7 +185,7 @@ def border_of(
             warn_of_labels(labels, border, mask)
         return border
     if isinstance(logits_to_keep, int) and logits_to_keep > 1:
-        return torch.full((batch_size,), max(0, length - (logits_to_keep - 1)), device=x.device)
+        return torch.full((batch_size,), max(0, length - (logits_to_keep - 1)))
     return border_of_batch(x)
 
 

@@ -90,7 +90,7 @@ def bounded_forward(decoder: nn.Module, original: Callable[..., Any], *args: Any
     else:
         if call.border in ("generate", "end", "start"):
             column = {"generate": prompt_length, "end": length, "start": 0}[call.border]
-            border = torch.full((batch_size,), column, device=x.device)
+            border = torch.full((batch_size,), column)
         mask = kwargs.pop("attention_mask", None)
         position_ids = kwargs.pop("position_ids", None)
         positions = positions_of(position_ids, mask, length, 0, x.device)

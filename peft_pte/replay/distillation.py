@@ -158,7 +158,7 @@ def compared_columns(
     policy, (batch_size, length) = policy_of(model), input_ids.shape
     valid = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.to(input_ids.device).bool()
     if prompt_lengths is not None:
-        prompt_lengths = checked_lengths(prompt_lengths, batch_size, length, input_ids.device)
+        prompt_lengths = checked_lengths(prompt_lengths, batch_size, length).to(input_ids.device)
     elif policy.retained_prefix == "prompt":
         raise ValueError(
             "`prompt_lengths` is None, but with `retained_prefix='prompt'` the prompt stays in the cache. Pass the "

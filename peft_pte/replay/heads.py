@@ -200,7 +200,7 @@ def needed_columns(valid: torch.Tensor, border: torch.Tensor | None) -> torch.Te
     """The tokens [B, T] (bool) whose next token is a thought that is asked for. `valid` [B, T], `border` [B]."""
     following = next_tokens(valid)
     needed = valid & (following < valid.shape[1])
-    return needed if border is None else needed & (following >= border[:, None])
+    return needed if border is None else needed & (following >= border.to(valid.device)[:, None])
 
 
 def next_tokens(valid: torch.Tensor) -> torch.Tensor:

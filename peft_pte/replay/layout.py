@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,11 @@ class Layout:
     @classmethod
     @uncompiled
     def create(cls, valid: torch.Tensor, border: torch.Tensor | None, policy: CachePolicy) -> Layout:
-        """`valid` [B, T] bool; `border` [B]: the caller's column of each row's first thought."""
+        """`valid` [B, T] bool; `border` [B]: the caller's column of each row's first thought.
+
+        Several of its numbers are read by the host, which waits for them if these tensors are on a GPU.
+        """
+        border = None if border is None else border.to(valid.device)
         columns = torch.arange(valid.shape[1], device=valid.device)
         rank = valid.cumsum(-1)  # of every token in its row, from 1 on
         total = rank[:, -1:]
@@ -53,6 +57,18 @@ class Layout:
         ranks = torch.arange(1, length + 1, device=valid.device) - shift
         source = torch.searchsorted(rank, ranks).clamp(max=valid.shape[1] - 1)
         return cls(prefix, window, valid, (ranks >= 1) & (ranks <= total), source, target.clamp(0, length - 1))
+
+    @uncompiled
+    def to(self, device: torch.device) -> Layout:
+        """On `device`. Masks without padding are made there, since a copy from the host can be in no CUDA graph."""
+
+        def moved(mask: torch.Tensor) -> torch.Tensor:
+            if mask.device.type == "cpu" != device.type and bool(mask.all()):
+                return torch.ones(mask.shape, dtype=torch.bool, device=device)
+            return mask.to(device)
+
+        source, target = (None if x is None else x.to(device) for x in (self.source, self.target))
+        return replace(self, given=moved(self.given), valid=moved(self.valid), source=source, target=target)
 
     @uncompiled
     def place(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,9 +95,9 @@ def gathered(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return x.gather(1, index)
 
 
-def checked_lengths(prompt_lengths: Any, batch_size: int, most: int | None, device: torch.device) -> torch.Tensor:
-    """`prompt_lengths` as a tensor [B]; with a cache they are counted from the first column that it has seen."""
-    border = torch.as_tensor(prompt_lengths, device=device)
+def checked_lengths(prompt_lengths: Any, batch_size: int, most: int | None) -> torch.Tensor:
+    """`prompt_lengths` as a tensor [B], where they are; with a cache counted from the first column that it has seen."""
+    border = torch.as_tensor(prompt_lengths)
     border = border.expand(batch_size) if border.ndim == 0 else border
     fits = border.shape == (batch_size,) and not border.is_floating_point()
     if not fits or not bool(((border >= 0) & (border <= (border if most is None else most))).all()):

@@ -225,10 +225,15 @@ def replay(
             "PTEConfig: `offload` is True, but it moves what gradient checkpointing keeps, which is off. Call "
             "`model.gradient_checkpointing_enable()` or set `gradient_checkpointing=True` in the training arguments."
         )
-    valid = torch.ones(batch_size, length, dtype=torch.bool, device=x.device)
     if attention_mask is not None:
         valid = attention_mask.to(x.device).bool()
+    else:  # what the host knows, the layout is computed on the host from: nothing waits for the device then
+        host_knows = border is None or border.device.type == "cpu"
+        valid = torch.ones(batch_size, length, dtype=torch.bool, device="cpu" if host_knows else x.device)
     layout = Layout.create(valid, border, policy)
+    is_padded = not bool(layout.valid.all())
+    layout = layout.to(x.device)
+    valid = layout.given
     schedule = Schedule.create(layout.window, policy.eviction_ratio)
     watch = current_watch.get()
     if watch is not None:
@@ -250,7 +255,7 @@ def replay(
         longest=max(schedule.num_evicted, SHORTEST_PIECE) if checkpointed or truncated else None,
         inputs={name: layout.place(tensor) for name, tensor in embedded_rows(decoder, inputs).items()},
         positions=layout.place(position_ids.expand(batch_size, -1)),
-        mask=None if bool(layout.valid.all()) else layout.valid,
+        mask=layout.valid if is_padded else None,
         kwargs=kwargs,
     )
     embeds = run.inputs.get("inputs_embeds")

@@ -157,9 +157,17 @@ def addresses(*columns: list[torch.Tensor]) -> torch.Tensor:
     """The addresses of tensors, one row for each column, on their device; unused for a single layer."""
     if len(columns[0]) == 1:
         return columns[0][0]
-    pointers = torch.tensor([[x.data_ptr() for x in column] for column in columns], dtype=torch.int64)
-    device = columns[0][0].device
+    device, numbers = columns[0][0].device, [[x.data_ptr() for x in column] for column in columns]
+    if torch.cuda.is_current_stream_capturing():
+        return written_by_device(numbers, device)
+    pointers = torch.tensor(numbers, dtype=torch.int64)
     return pointers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pointers
+
+
+def written_by_device(numbers: list[list[int]], device: torch.device) -> torch.Tensor:
+    """A table that a CUDA graph can make: a copy from the host would read memory that is another's at each replay."""
+    each = [torch.full((1,), number, dtype=torch.int64, device=device) for row in numbers for number in row]
+    return torch.cat(each).view(len(numbers), -1)
 
 
 class Projected(NamedTuple):
