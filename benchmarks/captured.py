@@ -52,11 +52,12 @@ class CapturedSteps:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             input_ids = input_ids.clone()
-            for _ in range(2):
+            for _ in range(1 if self.by_length else 2):
                 self.forget_gradients()
                 loss_of(input_ids).backward()
         torch.cuda.current_stream().wait_stream(side)
         self.forget_gradients()
+        torch.cuda.empty_cache()  # the pool of the graphs gets this memory
         first = next(iter(self.by_length.values()), None)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=first and first.graph.pool()):

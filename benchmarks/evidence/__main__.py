@@ -68,6 +68,8 @@ def run(options: argparse.Namespace) -> None:
     if options.hidden_size != settings.hidden_size:
         settings, name = replace(settings, hidden_size=options.hidden_size), f"{name}_hidden_{options.hidden_size}"
     settings = replace(settings, device=options.device, unfinished=options.base.with_name("evidence-unfinished"))
+    if options.graphs:
+        settings = replace(settings, graphs=True, distance_step=16)
     if options.evaluated:
         settings = replace(settings, num_evaluated=options.evaluated)
     if options.learning_rate:
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="of the arms' supervised training, if another than usual")
     parser.add_argument("--hidden-size", type=int, default=64, help="of the base; 1024 gives 30 to 40M parameters")
     parser.add_argument("--device", default="cpu", help="'cuda' with --processes 1 or few")
+    parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs; distances are multiples of 16")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--report", action="store_true", help="only tables and figures of the results in --output")
     parser.add_argument("--processes", type=int, default=2)
@@ -169,6 +172,8 @@ def main() -> None:
     options.output = options.output or (RESULTS / "first_design" if options.first_design else RESULTS)
     if bool(options.task) == options.report:
         parser.error("either --task or --report")
+    if options.graphs and options.device == "cpu":
+        parser.error("--graphs wants --device cuda")
     if options.task:
         run(options)
     report(options.output)

@@ -215,8 +215,8 @@ class Notes(Task):
     def write(self, size: int, generator: torch.Generator, given: dict[str, int]) -> Parts:
         words, facts = self.words, given["facts"]
         gaps = dict(
-            name=words.names[shuffled(size, len(words.names), generator)[:, :facts]],
-            thing=words.things[shuffled(size, len(words.things), generator)[:, :facts]],
+            name=words.names[shuffled(size, len(words.names), generator, facts)],
+            thing=words.things[shuffled(size, len(words.things), generator, facts)],
             tens=words.digits[torch.randint(1, 10, (size, facts), generator=generator)],
             ones=words.digits[torch.randint(10, (size, facts), generator=generator)],
         )

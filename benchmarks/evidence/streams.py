@@ -48,9 +48,10 @@ class Parts(NamedTuple):
     scored: torch.Tensor  # [Q] bool
 
 
-def shuffled(size: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """[size, count]: a permutation of 0..count - 1 in each row."""
-    return torch.rand(size, count, generator=generator).argsort(1)
+def shuffled(size: int, count: int, generator: torch.Generator, first: int | None = None) -> torch.Tensor:
+    """[size, count]: a permutation of 0..count - 1 in each row; [size, first]: its beginning alone, which is faster."""
+    random = torch.rand(size, count, generator=generator)
+    return random.argsort(1) if first is None else random.topk(first, largest=False).indices
 
 
 def pick(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

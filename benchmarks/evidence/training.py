@@ -46,7 +46,7 @@ class Settings:
     hidden_size: int = 64  # of the base, if it is trained here
     base_dtype: str = "float32"  # of the frozen base; adapters are float32
     device: str = "cpu"
-    graphs: bool = False  # steps of training as CUDA graphs, one for each distance
+    graphs: bool = False  # steps of training are replayed as CUDA graphs, one for each distance
     unfinished: Path | None = None  # folder of what killed runs go on from
 
     @classmethod
@@ -272,6 +272,7 @@ def supervised(
 def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.Module:
     """The frozen base with the adapter of an arm."""
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # TF32, where there is a GPU
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(settings.base, dtype=settings.base_dtype).requires_grad_(False)
     shared = dict(rank=settings.rank, window_size=settings.window_size, scaling=settings.scaling)
