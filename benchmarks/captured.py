@@ -21,6 +21,7 @@ class Captured(NamedTuple):
     input_ids: torch.Tensor
     loss: torch.Tensor
     gradients: list[torch.Tensor | None]
+    loss_of: LossOf  # whose tensors it reads, too
 
 
 class CapturedSteps:
@@ -64,4 +65,4 @@ class CapturedSteps:
             loss = loss_of(input_ids)
             loss.backward()
             loss = loss.detach()
-        return Captured(graph, input_ids, loss, [parameter.grad for parameter in self.parameters])
+        return Captured(graph, input_ids, loss, [parameter.grad for parameter in self.parameters], loss_of)
