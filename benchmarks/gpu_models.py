@@ -14,6 +14,7 @@ from typing import Any
 
 import memory
 import torch
+from captured import CapturedSteps
 from measuring import Peak, Results, is_out_of_time, plain_torch, synchronize
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -168,6 +169,7 @@ TRAIN_ARMS = (
 TRAINED = [
     *((arm, "") for arm in TRAIN_ARMS),
     ("PTE, checkpointed", "PyTorch"),
+    *((arm, "as a CUDA graph") for arm in ("PTE", "PTE, checkpointed", "LoRA, full cache")),
     *((arm, "compiled") for arm in ("PTE", "PTE, truncated, head", "LoRA, full cache")),
 ]
 TRAIN_WINDOW = 512  # so that 1024 tokens evict several times
@@ -191,6 +193,25 @@ def train_step(model: torch.nn.Module, head: bool, batch: int, length: int, devi
     return step
 
 
+def captured_step(model: torch.nn.Module, windowed: bool, batch: int, length: int, device: str) -> Step:
+    """As `train_step`, with forward and backward as one graph. Borders are told as a number, which needs no waiting."""
+    ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
+    border = dict(prompt_lengths=memory.PROMPT) if windowed else {}
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=ids, use_cache=False, **border).logits[:, memory.PROMPT - 1 : -1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, memory.PROMPT :].flatten())
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, captured = torch.optim.AdamW(parameters, lr=1e-4), CapturedSteps(parameters)
+
+    def step() -> None:
+        captured(ids, loss_of)
+        optimizer.step()
+
+    return step
+
+
 def measure_train(options: argparse.Namespace, results: Results) -> None:
     """Forward, backward and the optimizer's step; the peak is beyond the model's own memory."""
     device = options.device
@@ -198,6 +219,8 @@ def measure_train(options: argparse.Namespace, results: Results) -> None:
     window = TRAIN_WINDOW if device == "cuda" else 32
     for shape in options.shapes:
         for arm, change in TRAINED if device == "cuda" else TRAINED[:-2]:
+            if change == "as a CUDA graph" and device != "cuda":
+                continue
             if is_out_of_time(options):
                 return
 
@@ -208,7 +231,10 @@ def measure_train(options: argparse.Namespace, results: Results) -> None:
                     torch._dynamo.reset()
                     for layer in model.get_base_model().model.layers:
                         layer.compile(backend="inductor" if device == "cuda" else "eager")
-                step = train_step(model, head, batch, length, device)
+                if change == "as a CUDA graph":
+                    step = captured_step(model, adapter != "lora", batch, length, device)
+                else:
+                    step = train_step(model, head, batch, length, device)
                 with plain_torch() if change == "PyTorch" else nullcontext():
                     step()  # the optimizer's state exists, and what is built on first use
                     with Peak(device) as peak:
