@@ -299,7 +299,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="the whole job offline, on one CPU core")
     add("--base-steps", type=int, default=3000, help="--tiny: steps of the base model, at most")
     add("--start", choices=["supervised", "distilled"], default="supervised", help="--tiny: distilled: from itself")
-    add("--start-steps", type=int, default=60, help="--tiny: steps of the arm before GRPO")
+    add(
+        "--start-steps",
+        type=int,
+        help="--tiny: steps of the arm before GRPO (60, distilled: 200, which take no labels)",
+    )
     add("--plot", type=Path, metavar="CSV", help="only gather the logs in --output in this file, and draw it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
@@ -308,6 +312,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--adapter is a PTE adapter with its own rule and base: leave out --tiny, --paper and --arm lora")
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
         parser.error(f"--adapter is {options.adapter}, which is no folder with an adapter_config.json")
+    if options.start_steps is None:
+        options.start_steps = 200 if options.start == "distilled" else 60
     options.output = Path(options.output)
     options.run = options.output / f"{options.arm}-{options.seed}"
     options.world = int(os.environ.get("WORLD_SIZE", 1))
