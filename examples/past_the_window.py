@@ -51,7 +51,8 @@ class Evaluation:
     The windowed base is an adapter that has not been trained: its `A` is zero, and its cache that of the policy.
     """
 
-    FULL, SWAPPED = "base, full cache", "PTE, states swapped"
+    FULL = "base, full cache"
+    CONTROLS = ZEROED, SWAPPED = "PTE, states zeroed", "PTE, states swapped"
 
     def __init__(self, model: PeftModel, tokenizer: Any, options: argparse.Namespace):
         self.model, self.tokenizer, self.options = model.eval(), tokenizer, options
@@ -66,14 +67,17 @@ class Evaluation:
             self.FULL: self.model.disable_adapter(),
             "base, windowed": other_adapter(self.model, "untrained"),
             "PTE": contextlib.nullcontext(),
-            "PTE, states zeroed": states_zeroed(),
+            self.ZEROED: states_zeroed(),
             self.SWAPPED: states_swapped(),
         }
         return {name: context for name, context in arms.items() if num_rows > 1 or name != self.SWAPPED}
 
     def batches(self, rows: Sequence[Any], name: str) -> Iterator[Sequence[Any]]:
-        """Of equal sizes, as far as that goes, so that no row is alone without need."""
-        size = self.options.batch_size
+        """Of equal sizes, as far as that goes, so that no row is alone without need.
+
+        Twice as many rows as in training, since nothing is kept for a backward pass.
+        """
+        size = 2 * self.options.batch_size
         borders = torch.linspace(0, len(rows), -(-len(rows) // size) + 1).round().int().tolist()
         for start, end in tqdm(list(zip(borders, borders[1:])), desc=name):
             yield rows[start:end]
@@ -87,7 +91,10 @@ class Evaluation:
 
     @torch.no_grad()
     def by_distance(self, rows: list[Row], name: str) -> list[Row]:
-        """KL to the base with its full cache, and perplexity, of encoded rows: a table row for each arm and band."""
+        """KL to the base with its full cache, of encoded rows, and perplexity: a table row for each arm and band.
+
+        Perplexity takes a forward of its own, so it is left out for arms whose states are taken away.
+        """
         prefix, window = self.options.retained_prefix, self.options.window_size
         edges = self.edges(max((len(row["input_ids"]) for row in rows), default=0))
         sums = {arm: torch.zeros(len(edges), 3, dtype=torch.float64) for arm in self.arms(2)}
@@ -101,7 +108,9 @@ class Evaluation:
             band = torch.bucketize(distance, torch.tensor(edges, device=ids.device), right=True) - 1
             for arm, context in self.arms(len(part)).items():
                 with context:
-                    logprobs, _ = sequence_logprobs(self.model, ids, mask, lengths)
+                    logprobs = torch.full(ids.shape, math.nan, device=ids.device)
+                    if arm not in self.CONTROLS:
+                        logprobs, _ = sequence_logprobs(self.model, ids, mask, lengths)
                     if arm != self.FULL:
                         found = sequence_divergence(self.model, ids, mask, lengths, teacher=teacher)
                         kl, counted = found.kl, found.counted
@@ -111,7 +120,8 @@ class Evaluation:
                 for column, values in enumerate((torch.ones_like(kl), kl, -logprobs)):
                     sums[arm][:, column].index_add_(0, band[counted].cpu(), values[counted].double().cpu())
         return [
-            dict(rows=name, arm=arm, distance=f"{low}-{high}", tokens=int(n), kl=kl / n, perplexity=math.exp(nll / n))
+            dict(rows=name, arm=arm, distance=f"{low}-{high}", tokens=int(n), kl=kl / n)
+            | ({} if arm in self.CONTROLS else dict(perplexity=math.exp(nll / n)))
             for arm, totals in sums.items()
             for low, high, (n, kl, nll) in zip(edges, edges[1:], totals.tolist())
             if n
@@ -157,7 +167,7 @@ def print_tables(results: Row) -> None:
         for metric, title in (("kl", "KL to the base with its full cache"), ("perplexity", "perplexity")):
             print(f"\n{name}: {title}, by tokens after the first eviction\n")
             print(f"{'':<22}" + "".join(f"{distance:>12}" for distance in distances))
-            for arm in dict.fromkeys(row["arm"] for row in part):
+            for arm in dict.fromkeys(row["arm"] for row in part if metric in row):
                 values = {row["distance"]: row[metric] for row in part if row["arm"] == arm}
                 print(f"{arm:<22}" + "".join(f"{values.get(distance, math.nan):>12.3f}" for distance in distances))
     if not table:

@@ -47,7 +47,7 @@ DEMO = dict(
     window_sizes=[24, 40],
     eviction_ratio=0.5,  # half the window at once: fewer segments than with the default, and so faster on a CPU
     retained_prefix=4,
-    steps=60,
+    steps=50,
     batch_size=4,
     learning_rate=2e-3,
     max_length=128,
@@ -183,7 +183,7 @@ def make_trainer(options: argparse.Namespace, rows: list[Row]) -> PTEDistillatio
         warmup_steps=options.steps // 20,
         per_device_train_batch_size=options.batch_size,
         max_steps=options.steps,
-        logging_steps=max(1, options.steps // 20),
+        logging_steps=max(1, options.steps // 10),  # such a step asks the windowed base, too
         save_steps=options.save_steps,
         save_total_limit=2,
         seed=options.seed,
