@@ -101,6 +101,7 @@ CANDIDATES: dict[str, Arm] = {
     "PTE, starts as the base asks": replace(pte(), variant=with_attention_start),
     "PTE, encoder learns 3 times slower": replace(pte(), slower={"thought_encoder": 3.0}),
     "PTE, A and B learn 3 times slower": replace(pte(), slower={"pte_A": 3.0, "pte_B": 3.0}),
+    "PTE, q, k and v learn 10 times slower": replace(pte(), slower={f"{name}_proj": 10.0 for name in "qkv"}),
     "PTE, A learns 4 times faster": replace(pte(), slower={"pte_A": 1 / 4}),
     "PTE, A of the output learns 4 times faster": replace(pte(), slower={"o_proj.pte_A": 1 / 4}),
     "PTE, A of the output learns 16 times faster": replace(pte(), slower={"o_proj.pte_A": 1 / 16}),
