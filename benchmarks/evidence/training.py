@@ -272,7 +272,8 @@ def supervised(
 def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.Module:
     """The frozen base with the adapter of an arm."""
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")  # TF32, where there is a GPU
+    if settings.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(settings.base, dtype=settings.base_dtype).requires_grad_(False)
     shared = dict(rank=settings.rank, window_size=settings.window_size, scaling=settings.scaling)
