@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from models import FAMILIES, tiny_model, with_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pte import PTEConfig
 from peft_pte.replay.layout import Layout
@@ -27,17 +26,8 @@ class NoCopies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def on_meta(**settings: Any) -> torch.nn.Module:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    settings = dict(task_type="CAUSAL_LM", window_size=16, r=8) | settings
-    return get_peft_model(LlamaForCausalLM(config), PTEConfig(**settings)).to("meta").train()
+def on_meta(family: str = "llama", **settings: Any) -> torch.nn.Module:
+    return with_adapter(tiny_model(family, torch.float32), **(dict(window_size=16) | settings)).to("meta").train()
 
 
 def loss(model: torch.nn.Module, **options: Any) -> torch.Tensor:
@@ -57,12 +47,21 @@ def loss(model: torch.nn.Module, **options: Any) -> torch.Tensor:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("prompts", [3, [3, 3, 3, 3], torch.full((4,), 3)], ids=["int", "list", "tensor"])
-def test_a_step_waits_for_nothing(settings: dict[str, Any], prompts: Any) -> None:
+def test_a_step_waits_for_nothing(settings: dict[str, Any]) -> None:
     """Rows without padding whose prompts' lengths the host knows."""
     model = on_meta(**{key: value for key, value in settings.items() if key != "checkpointed"})
     if "checkpointed" in settings:
         model.gradient_checkpointing_enable()
+    waits_for_nothing(model, 3)
+
+
+@pytest.mark.parametrize("prompts", [3, [3, 3, 3, 3], torch.full((4,), 3)], ids=["int", "list", "tensor"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nor_in_other_families_and_ways_to_say_it(family: str, prompts: Any) -> None:
+    waits_for_nothing(on_meta(family), prompts)
+
+
+def waits_for_nothing(model: torch.nn.Module, prompts: Any) -> None:
     with NoCopies():
         loss(model, prompt_lengths=prompts).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
