@@ -158,7 +158,7 @@ def addresses(*columns: list[torch.Tensor]) -> torch.Tensor:
     if len(columns[0]) == 1:
         return columns[0][0]
     device, numbers = columns[0][0].device, [[x.data_ptr() for x in column] for column in columns]
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return written_by_device(numbers, device)
     pointers = torch.tensor(numbers, dtype=torch.int64)
     return pointers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pointers
