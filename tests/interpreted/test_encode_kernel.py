@@ -53,7 +53,8 @@ def encodings(draw: st.DrawFn, update: str) -> dict[str, Any]:
     valid = torch.rand(mask_rows, m, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.6, 1.0]))
     valid[0] &= draw(st.booleans())  # also a row without tokens beside others
     num_carried = draw(st.integers(0, 3))
-    taps = [random(generator, num_carried, r) / 2 for _ in range(num_layers)] if num_carried else []
+    num_taps = num_carried + (update == "delta" and draw(st.booleans()))  # the last one may be a gate of writes
+    taps = [random(generator, num_taps, r) / 2 for _ in range(num_layers)] if num_taps else []
     return dict(
         tensors=[laid_out(x, layout).to(dtype) for column in columns for x in column]
         + [x.to(draw(st.sampled_from([torch.float32, dtype]))) for x in (*weights[0], *weights[1], *taps)]
@@ -125,9 +126,15 @@ def test_garbage_in_masked_slots_is_not_read() -> None:
     weights = [[random(generator, 8, 32).float().requires_grad_()] for _ in range(2)]
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[0, 4:], valid[1] = False, False
-    for update, num_carried in (("sum", 0), ("delta", 0), ("delta", 2)):
+    for update, num_carried, num_taps in (
+        ("sum", 0, 0),
+        ("delta", 0, 0),
+        ("delta", 2, 2),
+        ("delta", 0, 1),
+        ("delta", 2, 3),
+    ):
         cores = random(generator, 1, 2, 8 + num_carried, 8).float()
-        taps = [random(generator, num_carried, 8).float().requires_grad_()] if num_carried else None
+        taps = [random(generator, num_taps, 8).float().requires_grad_()] if num_taps else None
         expected = peft_pte_kernels.encode(keys, values, *weights, cores, update, None, valid, taps)
         poisoned_inputs = [
             [x[0].detach().masked_fill(~valid[:, None, :, None], float("nan")).requires_grad_()] for x in (keys, values)
@@ -140,13 +147,13 @@ def test_garbage_in_masked_slots_is_not_read() -> None:
         assert not gradients[0][1].any() and not gradients[0][0, :, 4:].any()
 
 
-@pytest.mark.parametrize("update", ["sum", "delta"])
-def test_keys_are_convolved_across_calls(update: str) -> None:
+@pytest.mark.parametrize("update, gated", [("sum", False), ("delta", False), ("delta", True)])
+def test_keys_are_convolved_across_calls(update: str, gated: bool) -> None:
     """However a sequence is cut into evictions, with gaps between its tokens, down to single ones and none."""
     generator = torch.Generator().manual_seed(0)
     keys, values = (random(generator, 2, 2, 30, 16).float() for _ in range(2))
     weights = [[random(generator, 8, 32).float() / 6] for _ in range(2)]
-    taps, valid = [random(generator, 3, 8).float()], torch.rand(2, 30, generator=generator) < 0.7
+    taps, valid = [random(generator, 3 + gated, 8).float()], torch.rand(2, 30, generator=generator) < 0.7
     start = random(generator, 1, 2, 11, 8).float()
     expected = peft_pte_kernels.encode([keys], [values], *weights, start, update, None, valid, taps)
     actual, first = start, 0
@@ -237,14 +244,17 @@ def test_autograd_notices_what_compact_changes(num_heads: tuple[int, int]) -> No
             output.backward()
 
 
-@pytest.mark.parametrize("delta, num_layers, num_carried", [(True, 1, 0), (True, 2, 2), (False, 1, 1), (False, 2, 0)])
-def test_ops_are_registered_properly(delta: bool, num_layers: int, num_carried: int) -> None:
+@pytest.mark.parametrize(
+    "delta, num_layers, num_carried, num_taps",
+    [(True, 1, 0, 0), (True, 2, 2, 2), (True, 2, 1, 2), (True, 1, 0, 1), (False, 1, 1, 1), (False, 2, 0, 0)],
+)
+def test_ops_are_registered_properly(delta: bool, num_layers: int, num_carried: int, num_taps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values, *weights, taps = (
         [random(generator, *shape).float().requires_grad_() for _ in range(num_layers)]
-        for shape in ((2, 2, 5, 16), (2, 2, 5, 16), (8, 32), (8, 32), (num_carried, 8))
+        for shape in ((2, 2, 5, 16), (2, 2, 5, 16), (8, 32), (8, 32), (num_taps, 8))
     )
-    taps = taps if num_carried else []
+    taps = taps if num_taps else []
     carried = torch.zeros(num_layers, 2, 8 + num_carried, 8, requires_grad=True)
     angles = random(generator, 2, 5, 8).float()
     valid = torch.rand(2, 5, generator=generator) < 0.7

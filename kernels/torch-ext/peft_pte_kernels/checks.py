@@ -61,10 +61,14 @@ def encode(
         refuse("cores", f"of shape {tuple(cores.shape)}", layout)
     if taps is not None:
         expect_length("taps", taps, num_layers, "layer")
-        if carried == r:
+        gated = taps[0].dim() == 2 and len(taps[0]) == carried - r + 1
+        if gated and update != "delta":
+            refuse("taps[0]", f"of shape {tuple(taps[0].shape)}", f"[c - 1, r]: update={update!r} has no gate")
+        if carried == r and not gated:
             refuse("taps", f"a list of {num_layers}", f"None for cores that carry no keys, here {tuple(cores.shape)}")
         for layer, x in enumerate(taps):
-            expect(f"taps[{layer}]", x, device, "[c - 1, r] for cores of [L, B, r + c - 1, r]", carried - r, r)
+            layout = "[c - 1, r] for cores of [L, B, r + c - 1, r], with a gate [c, r]"
+            expect(f"taps[{layer}]", x, device, layout, carried - r + gated, r)
     columns = dict(keys=keys, values=values, key_weights=key_weights, value_weights=value_weights)
     for name, column in columns.items():
         expect_length(name, column, num_layers, "layer")

@@ -3,7 +3,8 @@
 Equations are those of the paper (arXiv 2602.16839). Shapes: L layers, B rows of a batch, H key/value heads, m tokens
 that leave the cache at once, D = head_dim, r the rank. A core M is [B, r, r] and starts at zero; a state S is [B, r, r]
 and acts as `dW = A S B` (Eq. 5). With a convolution over c tokens the last c - 1 projected keys are carried with the
-core, as rows under it: [B, r + c - 1, r]. Cores and states are float32, or float64 in float64 models.
+core, as rows under it: [B, r + c - 1, r]. Its weights ("taps") are [c - 1, r]; with a gate of writes (delta rule) that
+is one row more, [c, r]. Cores and states are float32, or float64 in float64 models.
 """
 
 from __future__ import annotations
@@ -71,15 +72,26 @@ def sum_update(
 
 
 def delta_update(
-    core: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None
+    core: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor | None,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The delta rule, token by token M <- M + k (v - M^T k)^T with unit keys k, in its exact chunk-parallel form.
 
     With u_i = v_i - M_{i-1}^T k_i, and M_{i-1} = M_0 + sum_{j<i} k_j u_j^T, the u of a block solve the unit lower
     triangular system (I + strict_lower(K K^T)) U = V - K M_0, and M = M_0 + K^T U. Masked tokens have k = u = 0, and
     so change nothing. Shapes as in `sum_update`.
+
+    `gate`: g [r]. Each token is then written as far as its key k says before it has unit length, with the strength
+    beta = 2 sigmoid(g k), in (0, 2): M <- M + beta k (v - M^T k)^T. That is the rule for sqrt(beta) k and sqrt(beta) v.
     """
-    keys = unit_rows(keys)
+    units = unit_rows(keys)
+    if gate is not None:
+        root = (2 * torch.sigmoid(keys @ gate))[..., None].sqrt()
+        units, values = units * root, values * root
+    keys = units
     if valid is not None:
         keys = keys.masked_fill(~valid[..., None], 0.0)
         values = values.masked_fill(~valid[..., None], 0.0)
@@ -135,15 +147,17 @@ def write(
 ) -> torch.Tensor:
     """Write projected keys and values [B, m, r] into the core, with the last keys under it: [B, r + c - 1, r].
 
-    `taps`: [c - 1, r] of the convolution, None: c = 1.
+    `taps`: [c - 1, r] of the convolution, with a gate of writes [c, r]; None: c = 1 and no gate.
     """
     if taps is None:
         return UPDATES[update](core, keys, values, valid)
+    r = core.shape[-1]
+    taps, gate = taps.split([core.shape[1] - r, r + len(taps) - core.shape[1]])
     if valid is not None:
         keys, values, valid = in_front(keys, values, valid.expand(len(core), -1))
-    r = core.shape[-1]
     keys, last = convolve(keys, core[:, r:], taps, valid)
-    return torch.cat([UPDATES[update](core[:, :r], keys, values, valid), last], dim=1)
+    gated = (gate[0],) if len(gate) else ()
+    return torch.cat([UPDATES[update](core[:, :r], keys, values, valid, *gated), last], dim=1)
 
 
 def encode(
@@ -164,7 +178,8 @@ def encode(
         key_weights, value_weights: W_K and W_V of each layer, [r, H D].
         cores: [L, B, r + c - 1, r]. update: `"sum"` (Eq. 3) or `"delta"`.
         rotation: takes the rotary position out of the keys. valid: [B, m], False: not encoded.
-        taps: of the convolution of keys in each layer, [c - 1, r]; None: c = 1.
+        taps: of the convolution of keys in each layer, [c - 1, r]; [c, r] with the gate of writes; None: c = 1 and no
+            gate.
     """
     written = []
     for layer, (k, v, key_weight, value_weight, core) in enumerate(

@@ -8,7 +8,8 @@ of the tokens before a block (keys to convolve, the core) so is there when it co
 
 For the delta rule, with unit keys k and N = strict_lower(K K^T) of a block, u = (I + N)^-1 (V - K M) and
 M <- M + K^T u. The inverse is made by forward substitution, which is stable for parallel keys too: its elements are
-inner products of a key with another one that has gone through projections, and so no larger than one.
+inner products of a key with another one that has gone through projections, and so no larger than one. With a gate,
+sqrt(beta) k and sqrt(beta) v take their places, and what keys go through are reflections at most: no larger than two.
 
 `valid` is read on the device: of a row without valid tokens nothing is loaded and its core stays, so it also serves as
 the predicate of an event that only the device knows.
@@ -51,7 +52,7 @@ class Call(NamedTuple):
     sin: torch.Tensor | None
     interleaved: bool
     valid: torch.Tensor | None
-    taps: list[torch.Tensor]  # none: no convolution
+    taps: list[torch.Tensor]  # with the gate of writes under them; none: neither convolution nor gate
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -63,6 +64,11 @@ class Call(NamedTuple):
     def num_carried(self) -> int:
         """c - 1, the rows of earlier keys under a core."""
         return self.cores.shape[2] - self.cores.shape[3]
+
+    @property
+    def num_gates(self) -> int:
+        """1 if there is a gate of writes."""
+        return len(self.taps[0]) - self.num_carried if self.taps else 0
 
     @property
     def some_taps(self) -> torch.Tensor:
@@ -221,6 +227,7 @@ def update(call: Call, projected: Projected, save: bool) -> Updated:
         update_kernel,
         (num_layers * num_rows,),
         *(known, values, count, table, call.some_taps, call.cores, new, saved, inverse, num_layers, num_rows, m),
+        GATE=call.num_gates,
         DELTA=call.delta,
         SAVE=save,
         BN=BLOCK,
@@ -266,7 +273,7 @@ def encode_cores_backward(
     needs_inputs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of keys and values [L, B, H, m, D] (empty unless `needs_inputs`), W_K, W_V [L, r, H D], cores, and
-    taps [L, c - 1, r]."""
+    taps [L, c - 1, r], with a gate [L, c, r]."""
     call = prepared(keys, values, key_weights, value_weights, cores, delta, cos, sin, interleaved, valid, taps)
     if not call.is_uniform():
         layers = [
@@ -291,35 +298,39 @@ def encode_cores_backward(
             update_backward_kernel,
             (num_layers * num_rows,),
             *(known, count, table, inverse, taps_of_first, grad, core_grad, block_grad, *sizes),
+            GATE=call.num_gates,
             BN=BLOCK,
             **call.options(),
         )
     else:
         core_grad = grad.clone()
     key_grad, value_grad = torch.empty_like(projected.values), torch.empty_like(projected.values)
+    logit_grad = grad.new_empty(sizes) if call.num_gates else grad
     launch(
         block_backward_kernel,
         (num_layers * num_rows, triton.cdiv(m, BLOCK)),
-        *(*projected, taps_of_first, saved, inverse, block_grad, key_grad, value_grad, *sizes),
+        *(*projected, taps_of_first, saved, inverse, block_grad, key_grad, value_grad, logit_grad, *sizes),
+        GATE=call.num_gates,
         DELTA=delta,
         BN=BLOCK,
         **dict(call.options(), num_warps=4 if r <= 32 else 8),
     )
     inputs, weights = [], []
     cos, sin, valid, stride_cb, stride_cm = call.tables()
-    tap_grad = grad.new_empty(num_layers, num_rows, call.num_carried, r)
+    tap_grad = grad.new_empty(num_layers, num_rows, call.num_carried + call.num_gates, r)
     options = dict(call.reading_options(), X_GRAD=needs_inputs, BN=BLOCK, num_stages=2 if r <= 32 else 1)
     num_chunks = num_heads * triton.cdiv(head_dim, HEAD_SLICE)
     columns = (call.keys, call.key_weights, key_grad), (call.values, call.value_weights, value_grad)
     for column, (x, weight, out_grad) in enumerate(columns):
-        own = dict(options, COLUMN=column) if column == 0 else dict(options, COLUMN=column, C=1, HALF=0)
+        own = dict(options, COLUMN=column, GATE=call.num_gates)
+        own = own if column == 0 else dict(own, C=1, GATE=0, HALF=0)
         x_grad = x[0].new_empty((num_layers, *x[0].shape) if needs_inputs else 0)
         weight_grad = grad.new_empty(num_layers, num_rows, r, num_heads * head_dim)
         launch(
             project_backward_kernel,
-            (num_layers * num_rows, num_chunks + (own["C"] > 1)),
+            (num_layers * num_rows, num_chunks + (own["C"] > 1 or own["GATE"])),
             *(x[0], weight[0], table, cos, sin, valid, known, count, taps_of_first, grad, core_grad),
-            *(out_grad, x_grad, weight_grad, tap_grad, *sizes, num_heads, head_dim),
+            *(out_grad, logit_grad, x_grad, weight_grad, tap_grad, *sizes, num_heads, head_dim),
             *(*x[0].stride()[:3], stride_cb, stride_cm, *valid.stride()[:2]),
             **own,
         )
@@ -346,13 +357,14 @@ def fake_encode_cores_backward(
     shape = (len(keys), *keys[0].shape) if needs_inputs else (0,)
     weight_shape = (len(keys), *key_weights[0].shape)
     num_layers, _, num_rows, r = cores.shape
+    num_taps = len(taps[0]) if taps else num_rows - r
     return (
         keys[0].new_empty(shape),
         values[0].new_empty(shape),
         key_weights[0].new_empty(weight_shape),
         value_weights[0].new_empty(weight_shape),
         torch.empty_like(cores, memory_format=torch.contiguous_format),
-        (taps[0] if taps else cores).new_empty(num_layers, num_rows - r, r),
+        (taps[0] if taps else cores).new_empty(num_layers, num_taps, r),
     )
 
 

@@ -60,9 +60,9 @@ def slots_of(valid_base, stride, tokens, m, before, HAS_VALID: tl.constexpr):
 
 
 @triton.jit
-def tap_pointer(pointer, table, layer, L, C: tl.constexpr, TABLE: tl.constexpr):
-    """The weights of a layer's convolution, [C - 1, R]; not used if there is none."""
-    if C > 1:
+def tap_pointer(pointer, table, layer, L, C: tl.constexpr, GATE: tl.constexpr, TABLE: tl.constexpr):
+    """The weights of a layer's convolution, [C - 1, R], with the gate of writes under them; not used if there are none."""
+    if C > 1 or GATE:
         pointer = layer_pointer(pointer, table + 4 * L, layer, TABLE)
     return pointer
 
@@ -111,6 +111,23 @@ def load_key_grad(
 @triton.jit
 def inverse_norms(keys):
     return 1.0 / tl.maximum(tl.sqrt(tl.sum(keys * keys, 1)), 1e-12)[:, None]
+
+
+@triton.jit
+def openness(keys, taps, r, R: tl.constexpr, C: tl.constexpr):
+    """sigmoid(g k) of the convolved keys of a block, [BN]: each is written with the strength beta = 2 sigmoid(g k)."""
+    return tl.sigmoid(tl.sum(keys * load_tap(taps, C, r, R), 1))
+
+
+@triton.jit
+def written_keys(keys, taps, r, R: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr):
+    """What stands for the convolved keys [BN, BR] in the delta rule, unit keys times sqrt(beta), and sqrt(beta) [BN]."""
+    factors = inverse_norms(keys)
+    root = tl.full([keys.shape[0]], 1.0, tl.float32)
+    if GATE:
+        root = tl.sqrt(2 * openness(keys, taps, r, R, C))
+        factors = factors * root[:, None]
+    return keys * factors, root
 
 
 @triton.jit
@@ -190,17 +207,17 @@ def project_kernel(
 @triton.jit
 def update_kernel(
     known_ptr, value_ptr, count_ptr, table,  # as `project_kernel` leaves them; addresses [5, L]
-    taps_ptr, core_ptr, new_ptr,             # [C - 1, R]; [L, B, R + C - 1, R]
+    taps_ptr, core_ptr, new_ptr,             # [C - 1 + GATE, R]; [L, B, R + C - 1, R]
     saved_ptr, inverse_ptr,                  # SAVE: the core before each block, [L, B, blocks, R, R], and (I + N)^-1
     L, B, m,
-    R: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, SAVE: tl.constexpr, TABLE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr, SAVE: tl.constexpr, TABLE: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     layer_row = tl.program_id(0).to(tl.int64)
     n, r = tl.arange(0, BN), tl.arange(0, BR)
     square = r[:, None] * R + r[None, :]
     square_mask = (r < R)[:, None] & (r < R)[None, :]
-    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, TABLE)
+    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, GATE, TABLE)
     known, values = known_ptr + layer_row * (C - 1 + m) * R, value_ptr + layer_row * m * R
     count = tl.load(count_ptr + layer_row)
     core = tl.load(core_ptr + layer_row * (R + C - 1) * R + square, mask=square_mask, other=0.0)
@@ -211,7 +228,9 @@ def update_kernel(
         mask = (r < R)[:, None] & (slots < count)[None, :]
         u = tl.load(values + slots[None, :] * R + r[:, None], mask=mask, other=0.0)
         if DELTA:
-            k = k * inverse_norms(k)
+            k, root = written_keys(k, taps, r, R, C, GATE)
+            if GATE:
+                u = u * root[None, :]
             inverse = solved(k, BN, PRECISION)
             u -= tl.dot(tl.trans(core), tl.trans(k), input_precision=PRECISION)
             u = tl.dot(u, tl.trans(inverse), input_precision=PRECISION)
@@ -230,10 +249,10 @@ def update_kernel(
 @triton.jit
 def update_backward_kernel(
     known_ptr, count_ptr, table, inverse_ptr,  # as `project_kernel` and `update_kernel` leave them
-    taps_ptr, grad_ptr, core_grad_ptr,         # [C - 1, R]; gradients after and before, [L, B, R + C - 1, R]
+    taps_ptr, grad_ptr, core_grad_ptr,         # [C - 1 + GATE, R]; gradients after and before, [L, B, R + C - 1, R]
     saved_grad_ptr,                            # gradient of the core after each block, [L, B, blocks, R, R]
     L, B, m,
-    R: tl.constexpr, C: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The blocks in reverse (delta rule): dM <- dM - K^T (I + N)^-T K dM, U transposed as in `update_kernel`. Carried
@@ -242,7 +261,7 @@ def update_backward_kernel(
     n, r = tl.arange(0, BN), tl.arange(0, BR)
     square = r[:, None] * R + r[None, :]
     square_mask = (r < R)[:, None] & (r < R)[None, :]
-    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, TABLE)
+    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, GATE, TABLE)
     known = known_ptr + layer_row * (C - 1 + m) * R
     count = tl.load(count_ptr + layer_row)
     grad = tl.load(grad_ptr + layer_row * (R + C - 1) * R + square, mask=square_mask, other=0.0)
@@ -252,7 +271,7 @@ def update_backward_kernel(
         block = layer_row * tl.cdiv(m, BN) + start // BN
         tl.store(saved_grad_ptr + block * R * R + square, grad, mask=square_mask)
         k = load_keys(known, taps, start + n, count, r, R, C)
-        k = k * inverse_norms(k)
+        k, _ = written_keys(k, taps, r, R, C, GATE)
         inverse = tl.load(inverse_ptr + block * BN * BN + n[:, None] * BN + n[None, :])
         u_grad = tl.dot(tl.trans(grad), tl.trans(k), input_precision=PRECISION)
         u_grad = tl.dot(u_grad, inverse, input_precision=PRECISION)
@@ -263,13 +282,14 @@ def update_backward_kernel(
 @triton.jit
 def block_backward_kernel(
     known_ptr, value_ptr, count_ptr, table,  # as `project_kernel` leaves them
-    taps_ptr,                                # [C - 1, R]
+    taps_ptr,                                # [C - 1 + GATE, R]
     saved_ptr, inverse_ptr, grad_ptr,        # delta: as `update_kernel` and `update_backward_kernel` leave them;
                                              # sum: -, -, [L, B, R + C - 1, R]
     key_grad_ptr, value_grad_ptr,            # gradients of convolved keys and of values, [L, B, m, R]
+    logit_grad_ptr,                          # GATE: gradient of g k, [L, B, m]
     L, B, m,
-    R: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     layer_row = tl.program_id(0).to(tl.int64)
     n, r = tl.arange(0, BN), tl.arange(0, BR)
@@ -281,12 +301,20 @@ def block_backward_kernel(
     mask = (slots < count)[:, None] & (r < R)[None, :]
     square = r[:, None] * R + r[None, :]
     square_mask = (r < R)[:, None] & (r < R)[None, :]
-    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, TABLE)
+    taps = tap_pointer(taps_ptr, table, layer_row // B, L, C, GATE, TABLE)
     k = load_keys(known_ptr + layer_row * (C - 1 + m) * R, taps, slots, count, r, R, C)
     u = tl.load(value_ptr + at, mask=mask, other=0.0)
     if DELTA:
         norms = inverse_norms(k)
-        k = k * norms
+        unit = k * norms
+        values = u
+        if GATE:
+            share = openness(k, taps, r, R, C)
+            root = tl.sqrt(2 * share)[:, None]
+            k = unit * root
+            u = u * root
+        else:
+            k = unit
         block = layer_row * tl.num_programs(1) + tl.program_id(1)
         inverse = tl.load(inverse_ptr + block * BN * BN + n[:, None] * BN + n[None, :])
         core = tl.load(saved_ptr + block * R * R + square, mask=square_mask, other=0.0)
@@ -299,7 +327,15 @@ def block_backward_kernel(
         unit_grad = tl.dot(u, tl.trans(grad), input_precision=PRECISION)
         unit_grad -= tl.dot(value_grad, tl.trans(core), input_precision=PRECISION)
         unit_grad += tl.dot(lower + tl.trans(lower), k, input_precision=PRECISION)
-        key_grad = (unit_grad - k * tl.sum(unit_grad * k, 1)[:, None]) * norms
+        if GATE:  # so far they are of sqrt(beta) k and sqrt(beta) v
+            logit_grad = tl.sum(unit_grad * unit, 1) + tl.sum(value_grad * values, 1)
+            logit_grad = logit_grad[:, None] * root * (1 - share)[:, None] / 2
+            unit_grad = unit_grad * root
+            value_grad = value_grad * root
+        key_grad = (unit_grad - unit * tl.sum(unit_grad * unit, 1)[:, None]) * norms
+        if GATE:
+            key_grad += logit_grad * load_tap(taps, C, r, R)
+            tl.store(logit_grad_ptr + layer_row * m + slots, tl.sum(logit_grad, 1), mask=slots < count)
     else:
         grad = tl.load(grad_ptr + layer_row * (R + C - 1) * R + square, mask=square_mask, other=0.0)
         key_grad = tl.dot(u, tl.trans(grad), input_precision=PRECISION)
@@ -310,10 +346,10 @@ def block_backward_kernel(
 
 @triton.jit
 def convolution_backward(
-    known, taps, out_grad, last_grad, carried_grad, tap_grad, count,
-    R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    known, taps, out_grad, logit_grad, last_grad, carried_grad, tap_grad, count,
+    R: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a row's carried keys and, as a part of their sum over rows, of the taps; both [C - 1, R]."""
+    """Gradients of a row's carried keys [C - 1, R] and, as a part of their sum over rows, of the taps [C - 1 + GATE, R]."""
     n, r = tl.arange(0, BN), tl.arange(0, BR)
     for start in range(0, C - 1, BN):
         slots = start + n - (C - 1)
@@ -328,6 +364,12 @@ def convolution_backward(
             key = tl.load(known + (C - 1 - j) * R + at, mask=mask, other=0.0)
             products += key * tl.load(out_grad + at, mask=mask, other=0.0)
         tl.store(tap_grad + (j - 1) * R + r, tl.sum(products, 0), mask=r < R)
+    if GATE:
+        products = tl.zeros([BN, BR], tl.float32)
+        for start in range(0, count, BN):
+            logits = tl.load(logit_grad + start + n, mask=start + n < count, other=0.0)
+            products += logits[:, None] * load_keys(known, taps, start + n, count, r, R, C)
+        tl.store(tap_grad + (C - 1) * R + r, tl.sum(products, 0), mask=r < R)
 
 
 @triton.jit
@@ -336,27 +378,30 @@ def project_backward_kernel(
     cos_ptr, sin_ptr, valid_ptr,
     known_ptr, count_ptr,                # as `project_kernel` leaves them
     taps_ptr, grad_ptr, core_grad_ptr,   # as in `update_backward_kernel`
-    out_grad_ptr,                        # gradient of values or convolved keys, [L, B, m, R]
+    out_grad_ptr, logit_grad_ptr,        # gradient of values or convolved keys, [L, B, m, R]; of g k, [L, B, m]
     x_grad_ptr, weight_grad_ptr,         # [L, B, H, m, D]; a part for each row, [L, B, R, H D] float32
-    tap_grad_ptr,                        # a part for each row, [L, B, C - 1, R] float32
+    tap_grad_ptr,                        # a part for each row, [L, B, C - 1 + GATE, R] float32
     L, B, m, H, D,
     stride_xb, stride_xh, stride_xm, stride_cb, stride_cm, stride_valid_b, stride_valid_m,
-    R: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_VALID: tl.constexpr,
-    COLUMN: tl.constexpr, X_GRAD: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    BR: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_VALID: tl.constexpr, COLUMN: tl.constexpr, X_GRAD: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of keys (COLUMN 0) or values (1, where C is 1). If there is a convolution, the last program of a row is for it
-    alone."""
+    """Of keys (COLUMN 0) or values (1, where C is 1 and GATE 0). If there are taps, the last program of a row is for
+    them alone."""
     layer_row = tl.program_id(0).to(tl.int64)
     layer, row = layer_row // B, layer_row % B
-    taps = tap_pointer(taps_ptr, table, layer, L, C, TABLE)
+    taps = tap_pointer(taps_ptr, table, layer, L, C, GATE, TABLE)
     count = tl.load(count_ptr + layer_row)
     out_grad_base = out_grad_ptr + layer_row * m * R
     carried = (layer_row * (R + C - 1) + R) * R
-    if C > 1 and tl.program_id(1) == tl.num_programs(1) - 1:
-        known, tap_grad = known_ptr + layer_row * (C - 1 + m) * R, tap_grad_ptr + layer_row * (C - 1) * R
+    if (C > 1 or GATE) and tl.program_id(1) == tl.num_programs(1) - 1:
+        known, tap_grad = known_ptr + layer_row * (C - 1 + m) * R, tap_grad_ptr + layer_row * (C - 1 + GATE) * R
         last_grad, carried_grad = grad_ptr + carried, core_grad_ptr + carried
-        convolution_backward(known, taps, out_grad_base, last_grad, carried_grad, tap_grad, count, R, C, BN, BR)
+        logit_grad = logit_grad_ptr + layer_row * m
+        convolution_backward(
+            known, taps, out_grad_base, logit_grad, last_grad, carried_grad, tap_grad, count, R, C, GATE, BN, BR
+        )
         return
     num_chunks = tl.cdiv(D, BD)
     h, d0 = (tl.program_id(1) // num_chunks).to(tl.int64), (tl.program_id(1) % num_chunks) * BD
