@@ -214,18 +214,21 @@ def kernel_checks(device: str, dtype: torch.dtype) -> Iterator[KernelCheck]:
 
     layers, rows, tokens, single = 2, 3, 77, torch.float32
     settings = (
-        (128, 32, "delta", 0, 2),
-        (128, 64, "delta", 0, 2),
-        (128, 64, "sum", 0, 1),
-        (80, 16, "delta", 1, 4),
-        (64, 32, "delta", 0, 1),
-        (64, 8, "delta", 0, 2),
-        (128, 1, "sum", 0, 1),
+        (128, 32, "delta", 0, 2, 0),
+        (128, 64, "delta", 0, 2, 0),
+        (128, 64, "sum", 0, 1, 0),
+        (80, 16, "delta", 1, 4, 0),
+        (64, 32, "delta", 0, 1, 0),
+        (64, 8, "delta", 0, 2, 0),
+        (128, 1, "sum", 0, 1, 0),
+        (128, 32, "delta", 0, 2, 1),
+        (128, 64, "delta", 0, 4, 1),
+        (64, 8, "delta", 0, 1, 1),
     )
-    for head_dim, rank, update, turn, size in settings:
+    for head_dim, rank, update, turn, size, gates in settings:
         keys_values = [normal(rows, 2, tokens + 9, head_dim)[:, :, 4:-5] for _ in range(2 * layers)]
         weights = [normal(rank, 2 * head_dim, scale=(2 * head_dim) ** -0.5) for _ in range(2 * layers)]
-        taps = [normal(size - 1, rank, scale=0.5) for _ in range(layers)] if size > 1 else []
+        taps = [normal(size - 1 + gates, rank, scale=0.5) for _ in range(layers)] if size - 1 + gates else []
         cores = normal(layers, rows, rank + size - 1, rank, dtype=single, scale=0.1)
         angles = torch.rand(rows, tokens, head_dim // 2, generator=generator, device=device) * 6.3
         rotation = Rotation(angles.cos(), angles.sin(), bool(turn))
@@ -238,7 +241,7 @@ def kernel_checks(device: str, dtype: torch.dtype) -> Iterator[KernelCheck]:
             *columns, taps = (list(tensors[i * layers : (i + 1) * layers]) for i in range(5))
             return [encode(*columns, cores, update, *rest, taps or None)]
 
-        name = f"encode {update} D={head_dim} r={rank} c={size}"
+        name = f"encode {update} D={head_dim} r={rank} c={size}" + " gated" * gates
         yield KernelCheck(
             name,
             lambda *x, f=encoded, u=update, r=rotation, v=valid: f(peft_pte_kernels.encode, x, u, r, v),

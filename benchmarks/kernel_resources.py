@@ -76,7 +76,8 @@ def name_of(*values: Any) -> str:
 def encode_cases(encode: Any) -> Iterator[Case]:
     """(dtype, head_dim, rank, layers, update, rotation, keys convolved).
 
-    Rotation: 0 none, 1 halves, 2 interleaved, 3 a part of the head. One key is no convolution.
+    Update: 0 sum, 1 delta, 2 delta with a gate of writes. Rotation: 0 none, 1 halves, 2 interleaved, 3 a part of the
+    head. One key is no convolution.
     """
     settings = [
         *((BF16, 128, rank, 2, delta, 1, 1 + delta) for rank in (32, 64) for delta in (0, 1)),
@@ -90,6 +91,9 @@ def encode_cases(encode: Any) -> Iterator[Case]:
         (FP16, 64, 64, 1, 1, 0, 4),
         *((dtype, 64, rank, 2, 1, 1, 2) for dtype in (BF16, FP32) for rank in (1, 4, 16)),
         (BF16, 128, 48, 2, 1, 1, 2),
+        *((BF16, 128, rank, 2, 2, 1, 2) for rank in (1, 8, 32, 48)),
+        *((dtype, 128, 64, 2, 2, 1, size) for dtype in (BF16, FP32) for size in (2, 4)),
+        (FP32, 64, 32, 1, 2, 0, 1),
     ]
     for dtype, head_dim, rank, layers, delta, rotation, size in settings:
 
@@ -101,7 +105,8 @@ def encode_cases(encode: Any) -> Iterator[Case]:
                 [torch.empty(rows, heads, tokens, head_dim, dtype=dtype) for _ in range(layers)] for _ in range(2)
             )
             weights = [[torch.empty(rank, heads * head_dim, dtype=dtype) for _ in range(layers)] for _ in range(2)]
-            taps = [torch.empty(size - 1, rank, dtype=dtype) for _ in range(layers)] if size > 1 else []
+            num_taps = size - 1 + (delta == 2)
+            taps = [torch.empty(num_taps, rank, dtype=dtype) for _ in range(layers)] if num_taps else []
             cores = torch.empty(layers, rows, rank + size - 1, rank)
             table = torch.empty(rows, tokens, head_dim // (4 if rotation == 3 else 2)) if rotation else None
             valid = torch.ones(rows, tokens, dtype=torch.bool) if rank >= 32 else None

@@ -83,6 +83,10 @@ class PTEConfig(PeftConfig):
             own key plus those of the `c - 1` tokens before it, by weights for each channel that are learned from zero
             on. (What belongs together in text is neighbours: a value stands behind its key.) The last `c - 1` projected
             keys become a part of what a sequence carries. 1: off. `None` takes 2 for delta and 1 otherwise.
+        write_gate (`bool`):
+            Delta rule only: whether a token says how far it is written. Its key `k` (before it is scaled to unit
+            length) is written with the strength `beta = 2 sigmoid(g k)`, where `g` [r] starts at zero and so every
+            strength at one. Near zero a token leaves the state as it is; that of text between facts can be learned.
         output_source (`"hidden_states"`, `"attention_output"` or `None`):
             What `x` is in `A S B x` at the attention module's output projection. `"hidden_states"`: the module's input,
             as for q, k and v, so that what the state answers goes straight to the module's output.
@@ -161,6 +165,9 @@ class PTEConfig(PeftConfig):
     )
     conv_size: Optional[int] = field(
         default=None, metadata={"help": "Width of the convolution over encoded keys. Default: 2 for delta, else 1."}
+    )
+    write_gate: bool = field(
+        default=False, metadata={"help": "Tokens learn how far they are written into the state (delta only)."}
     )
     output_source: Optional[Literal["hidden_states", "attention_output"]] = field(
         default=None,
@@ -338,11 +345,13 @@ class PTEConfig(PeftConfig):
             refuse("state_norm", "with state_update='none' nothing is written that could be bounded: 'read' or 'none'.")
         if self.num_convolved > 1 and self.state_update == "none":
             refuse("conv_size", "with state_update='none' no keys are written: leave it out.")
+        if self.write_gate and self.state_update != "delta":
+            refuse("write_gate", "only state_update='delta' has strengths of writing: leave it out.")
         if self.state_update == "none" and self.num_global_tokens == 0:
             refuse("num_global_tokens", "with state_update='none' the state would always be zero: use 1 or more.")
         if not isinstance(self.output_gate, bool):
             refuse("output_gate", "must be True, False or None.")
-        for name in ("init_weights", "offload"):
+        for name in ("write_gate", "init_weights", "offload"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "must be True or False.")
         if self.offload and self.gradient == "truncated":

@@ -43,11 +43,17 @@ class StateRule(NamedTuple):
     norm_type: str
     encode_keys: str
     conv_size: int
+    write_gate: bool
 
     @property
     def num_carried(self) -> int:
         """Rows of what a sequence carries, [B, rows, r]: the core's r, and the keys that the convolution will read."""
         return self.r + self.conv_size - 1
+
+    @property
+    def num_taps(self) -> int:
+        """Rows of `pte_key_conv`: the convolution's weights of earlier keys, and the gate of writes under them."""
+        return self.conv_size - 1 + self.write_gate
 
 
 class Reading(NamedTuple):
@@ -117,8 +123,9 @@ class ThoughtEncoder(nn.Module, PTELayer):
 
     With d_kv = kv_heads * head_dim: `pte_query_tokens` q_g [r, d_kv], `pte_global_tokens` h [G, d_kv],
     `pte_query`, `pte_key`, `pte_value`: W_Q, W_K, W_V [r, d_kv]; with a convolution `pte_key_conv` [conv_size - 1, r],
-    the weights of the key before, and so on. What is carried from eviction to eviction (the "core", with the last
-    conv_size - 1 projected keys as rows under it) is an argument and a result, never an attribute.
+    the weights of the key before, and so on; a gate of writes is one more row of it. What is carried from eviction to
+    eviction (the "core", with the last conv_size - 1 projected keys as rows under it) is an argument and a result,
+    never an attribute.
     """
 
     adapter_layer_names = (
@@ -157,6 +164,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
             config.state_norm_type,
             config.encode_keys,
             config.num_convolved,
+            config.write_gate,
         )
         self.pte_query_tokens[adapter_name] = TokenTable(r, d_kv)
         if num_tokens:
@@ -166,8 +174,8 @@ class ThoughtEncoder(nn.Module, PTELayer):
         for container in (self.pte_query, self.pte_key, self.pte_value):
             container[adapter_name] = StateLinear(d_kv, r, bias=False)
             nn.init.normal_(container[adapter_name].weight, std=d_kv**-0.5)
-        if config.num_convolved > 1:
-            self.pte_key_conv[adapter_name] = TokenTable(config.num_convolved - 1, r)
+        if num_taps := self.pte_rule[adapter_name].num_taps:
+            self.pte_key_conv[adapter_name] = TokenTable(num_taps, r)
             if config.init_weights:
                 nn.init.zeros_(self.pte_key_conv[adapter_name].weight)
         elif adapter_name in self.pte_key_conv:
@@ -187,7 +195,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         else:
             tokens = self.pte_global_tokens[name]()
             reading = reading_of(rule, query, self.pte_key[name](tokens), self.pte_value[name](tokens))
-        if rule.conv_size > 1 and torch.is_grad_enabled():
+        if rule.num_taps and torch.is_grad_enabled():
             # The convolution has a gradient like all parameters, also where nothing has been evicted.
             reading = reading._replace(initial=reading.initial + self.pte_key_conv[name]()[:0].sum())
         return reading
@@ -227,7 +235,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
         keys = self.pte_key[name](keys.transpose(1, 2).flatten(2))  # [B, m, r]
         values = self.pte_value[name](evicted.values.transpose(1, 2).flatten(2))
         valid = None if evicted.valid is None else evicted.valid.to(keys.device)
-        taps = self.pte_key_conv[name]() if rule.conv_size > 1 else None
+        taps = self.pte_key_conv[name]() if rule.num_taps else None
         if rule.norm != "write":
             return reference.write(rule.update, core, keys, values, valid, taps)
         state, last = core[:, : rule.r], core[:, rule.r :]
@@ -292,7 +300,7 @@ class ThoughtEncoder(nn.Module, PTELayer):
             return torch.zeros((), dtype=state_dtype(weight), device=weight.device)
         empty = torch.empty(0, self.d_kv, dtype=weight.dtype, device=weight.device, requires_grad=True)
         zero = self.pte_key[name](empty).sum() + self.pte_value[name](empty).sum()
-        if rule.conv_size > 1:
+        if rule.num_taps:
             zero = zero + self.pte_key_conv[name]()[:0].sum()
         return zero + self.query(name)[:0].sum() if rule.norm == "write" else zero
 
@@ -375,7 +383,7 @@ def write_layers(
         [encoder.pte_key[name].weight for _, encoder in layers],
         [encoder.pte_value[name].weight for _, encoder in layers],
     )
-    taps = [encoder.pte_key_conv[name].weight for _, encoder in layers] if rule.conv_size > 1 else None
+    taps = [encoder.pte_key_conv[name].weight for _, encoder in layers] if rule.num_taps else None
     options = rule.update, rotation, None if valid is None else valid.to(cores.device), taps
     if rule.norm != "write":
         return peft_pte_kernels.encode(*arguments, cores, *options)

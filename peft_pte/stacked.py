@@ -72,7 +72,7 @@ def stacked_reading(name: str, encoders: list[ThoughtEncoder]) -> Reading:
     # In every process each parameter has a gradient, also where nothing has been evicted: DDP waits for it.
     touches = torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
     taps: list[torch.Tensor] | None = []
-    if rule.conv_size > 1 and torch.is_grad_enabled():
+    if rule.num_taps and torch.is_grad_enabled():
         taps = weights_of([encoder.pte_key_conv[name] for encoder in encoders])
     if taps is None or None in columns:
         query, initial = map(torch.stack, zip(*(encoder.reading(name) for encoder in encoders)))

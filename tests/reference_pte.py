@@ -62,8 +62,8 @@ def run_reference(
         adapter: Tensors named as in a PEFT state dict, without an adapter name. With None the policy is that
             of a plain sliding window: evicted thoughts are lost.
         config: r, pte_alpha, window_size, eviction_ratio, retained_prefix, state_update, state_norm,
-            state_norm_type, encode_keys, conv_size, output_source, output_gate. num_global_tokens is checked against
-            the adapter if it is there.
+            state_norm_type, encode_keys, conv_size, write_gate, output_source, output_gate. num_global_tokens is
+            checked against the adapter if it is there.
         tokens: The whole sequence, without padding.
         prompt_length: How many of the tokens are prompt.
         position_offset: Rotary position of the first token.
@@ -143,6 +143,7 @@ class ThoughtState:
         self.core = self.query.new_zeros(rank, rank)  # M, what the evictions have written
         # The convolution's weights of the key before, the one before that, ..., and those keys, the last one first.
         self.taps = list(encoder.get("pte_key_conv", []))
+        self.gate = self.taps.pop() if config["write_gate"] else None
         if len(self.taps) != config["conv_size"] - 1:
             raise ValueError(f"the adapter convolves {len(self.taps) + 1} keys, not conv_size = {config['conv_size']}")
         self.earlier = [self.query.new_zeros(rank)] * len(self.taps)
@@ -157,8 +158,10 @@ class ThoughtState:
             self.written = self.normalize(self.written + self.query @ (keys.T @ values))  # Eq. 4, with Eq. 3
         elif self.update == "delta":
             # Each token corrects what the memory answers to its key: M <- M + k (v - M^T k)^T with unit k.
-            for key, value in zip(normalize_rows(keys), values, strict=True):
-                self.core = self.core + torch.outer(key, value - self.core.T @ key)
+            # A gate says how far: M <- M + beta k (v - M^T k)^T, beta between 0 and 2 by the key as it was.
+            for key, unit, value in zip(keys, normalize_rows(keys), values, strict=True):
+                beta = 1.0 if self.gate is None else 2 / (1 + torch.exp(-(self.gate @ key)))
+                self.core = self.core + beta * torch.outer(unit, value - self.core.T @ unit)
 
     def convolved(self, key: Tensor) -> Tensor:
         """The key [r] of one token with those of the tokens that were written before it."""

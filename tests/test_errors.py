@@ -50,6 +50,10 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], str]] = [
     (dict(conv_size=0), "PTEConfig: `conv_size` is 0, but must be a positive integer or None."),
     (dict(conv_size=2.0), "PTEConfig: `conv_size` is 2.0, but must be a positive integer or None."),
     (
+        dict(write_gate=True, state_update="sum"),
+        "PTEConfig: `write_gate` is True, but only state_update='delta' has strengths of writing: leave it out.",
+    ),
+    (
         dict(conv_size=2, state_update="none"),
         "PTEConfig: `conv_size` is 2, but with state_update='none' no keys are written: leave it out.",
     ),

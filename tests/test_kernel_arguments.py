@@ -85,8 +85,13 @@ CASES: list[tuple[Callable[..., None], dict[str, Any], str]] = [
     ),
     (
         encode,
-        dict(taps=[zeros(1, R)] * L),
+        dict(taps=[zeros(2, R)] * L),
         "`taps` is a list of 2, but must be None for cores that carry no keys, here (2, 3, 4, 4)",
+    ),
+    (
+        encode,
+        dict(taps=[zeros(1, R)] * L, update="sum"),
+        "`taps[0]` is of shape (1, 4), but must be [c - 1, r]: update='sum' has no gate",
     ),
     (
         encode,
@@ -96,7 +101,7 @@ CASES: list[tuple[Callable[..., None], dict[str, Any], str]] = [
     (
         encode,
         dict(cores=zeros(L, B, R + 2, R), taps=[zeros(2, R), zeros(1, R)]),
-        "`taps[1]` is of shape (1, 4), but must be [c - 1, r] for cores of [L, B, r + c - 1, r], here (2, 4)",
+        "`taps[1]` is of shape (1, 4), but must be [c - 1, r] for cores of [L, B, r + c - 1, r], with a gate [c, r]",
     ),
     (
         encode,

@@ -25,6 +25,7 @@ REFERENCE_FIELDS = (
     "state_norm_type",
     "encode_keys",
     "conv_size",
+    "write_gate",
     "output_source",
     "output_gate",
 )
@@ -68,6 +69,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         output_source=draw(st.sampled_from(["hidden_states", "hidden_states", "attention_output"])),
         output_gate=draw(st.sampled_from([True, True, False])),
         conv_size=1 if update == "none" else draw(st.sampled_from([1, 2, 2, 3, 4])),
+        write_gate=update == "delta" and draw(st.booleans()),
         num_global_tokens=draw(st.sampled_from([1, 4] if update == "none" else [0, 1, 4])),
         # Without a norm a random A feeds the state back into itself and grows without bound; a small one does not.
         pte_alpha=draw(st.sampled_from([0.05, 0.1] if norm == "none" else [1, 4])),

@@ -17,6 +17,7 @@ PROMPT, WINDOW = 7, 6
 EXPRESSIBLE = dict(output_source="attention_output", output_gate=False, window_size=WINDOW, eviction_ratio=0.5)
 SETTINGS: dict[str, dict[str, Any]] = {
     "delta": {},
+    "gated writes": {"write_gate": True},
     "sum": {"state_update": "sum", "state_norm": "read"},
     "paper": {"state_update": "sum", "state_norm": "write", "state_norm_type": "frobenius", "conv_size": 1},
     "none": {"state_update": "none", "conv_size": 1},

@@ -27,6 +27,7 @@ FIXED_FIELDS = (
     "state_norm",
     "state_norm_type",
     "conv_size",
+    "write_gate",
     "output_source",
     "output_gate",
     "encode_keys",

@@ -74,6 +74,7 @@ def eviction(num_layers: int, **config: Any) -> Operations:
     "config, most, kernels",
     [
         (dict(), 30, 4),
+        (dict(write_gate=True), 30, 4),
         (dict(state_update="sum"), 24, 4),
         (dict(state_update="sum", state_norm="write"), 26, 4),
         (dict(state_update="sum", state_norm="write", conv_size=3), 28, 4),

@@ -29,7 +29,7 @@ CONFIGS: list[dict[str, Any]] = [
     dict(state_update="none"),
     dict(num_global_tokens=0, encode_keys="chunk", conv_size=1),
     dict(state_norm="read", encode_keys="post_rope"),
-    dict(state_norm="none"),
+    dict(state_norm="none", write_gate=True),
     dict(state_update="sum", state_norm="bound"),
 ]
 

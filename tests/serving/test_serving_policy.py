@@ -22,7 +22,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "no prefix": {"retained_prefix": 0, "encode_keys": "chunk"},
     "sum": {"state_update": "sum", "state_norm_type": "frobenius", "encode_keys": "post_rope", "output_gate": True},
     "global only": {"state_update": "none", "conv_size": 1, "output_gate": False},
-    "some projections": {"target_modules": ["q_proj", "o_proj"], "conv_size": 4, "num_global_tokens": 0},
+    "some projections": {
+        "target_modules": ["q_proj", "o_proj"],
+        "conv_size": 4,
+        "num_global_tokens": 0,
+        "write_gate": True,
+    },
     "some layers": {"layers_to_transform": [1], "output_source": "attention_output", "output_gate": True},
 }
 

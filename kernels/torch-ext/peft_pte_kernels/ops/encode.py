@@ -23,13 +23,8 @@ import torch
 import triton
 
 from ..dispatch import launch, limits, num_warps, precision, register, tile
-from .encode_kernels import (
-    block_backward_kernel,
-    project_backward_kernel,
-    project_kernel,
-    update_backward_kernel,
-    update_kernel,
-)
+from .encode_backward_kernels import block_backward_kernel, project_backward_kernel, update_backward_kernel
+from .encode_kernels import project_kernel, update_kernel
 
 # Tokens that are projected together: the more, the less often the weights are read.
 TOKENS = 64
