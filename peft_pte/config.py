@@ -120,8 +120,12 @@ class PTEConfig(PeftConfig):
             Further modules to train and save in full.
         trainable_token_indices (`Union[list[int], dict[str, list[int]]]`, *optional*):
             Embedding rows to train, as in PEFT.
-        init_weights (`bool`):
+        init_weights (`bool` or `"attention"`):
             `True`: `A` starts at zero, so that the adapted model starts as the base model with a bounded cache.
+            `"attention"`: that too, and the state of an output projection is asked, and written, as the base's
+            attention asks keys: `B`, `W_K` and `Q` start from the `r` strongest pairs of directions of `W_q^T W_k`
+            (`start.py`) instead of random ones. For pretrained models, on which facts are learned sooner; needs
+            `state_update="delta"` and `output_source="hidden_states"`.
             `False`: random `A`, and a random convolution, for tests.
 
     Example:
@@ -204,12 +208,17 @@ class PTEConfig(PeftConfig):
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
         default=None, metadata={"help": "Token indices whose embeddings are trained."}
     )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start as the base model (A = 0). False: random A, for tests."}
+    init_weights: Union[bool, Literal["attention"]] = field(
+        default=True,
+        metadata={
+            "help": "Start as the base model (A = 0). 'attention': and asked as its attention asks keys. False: random "
+            "A, for tests."
+        },
     )
 
     def __post_init__(self) -> None:
-        if self.peft_version is not None:  # only what was saved says it, and may be older than these fields
+        self.was_saved = self.peft_version is not None  # only then it is known here
+        if self.was_saved:  # by a version that may be older than these fields
             self.conv_size = self.conv_size or 1
             self.output_source = self.output_source or "attention_output"
             self.output_gate = self.output_gate or False
@@ -351,7 +360,15 @@ class PTEConfig(PeftConfig):
             refuse("num_global_tokens", "with state_update='none' the state would always be zero: use 1 or more.")
         if not isinstance(self.output_gate, bool):
             refuse("output_gate", "must be True, False or None.")
-        for name in ("write_gate", "init_weights", "offload"):
+        if not isinstance(self.init_weights, bool) and self.init_weights != "attention":
+            refuse("init_weights", "must be True, False or 'attention'.")
+        if self.init_weights == "attention" and (self.state_update, self.output_source) != ("delta", "hidden_states"):
+            refuse(
+                "init_weights",
+                "what is asked as attention asks keys is the delta rule's memory at the output projection: "
+                "state_update='delta' and output_source='hidden_states', or init_weights=True.",
+            )
+        for name in ("write_gate", "offload"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "must be True or False.")
         if self.offload and self.gradient == "truncated":

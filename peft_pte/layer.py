@@ -64,6 +64,11 @@ def is_fused(modules: Sequence[nn.Module], *tensors: torch.Tensor, rank: int) ->
     return not gathered and dispatch.uses_triton(*tensors, *(module.weight for module in modules), rank=rank)
 
 
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """The layer under an adapter, or the layer itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def widths_of(layer: nn.Module) -> tuple[int, int] | None:
     """Input and output width of a linear layer, or of a wrapper around a single one; None for any other module.
 
@@ -226,7 +231,7 @@ class Linear(nn.Module, PTELayer):
         self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
         """LoRA's initialisation: B random, A zero (or random, for tests); all gates at one (or random)."""
         nn.init.kaiming_uniform_(self.pte_B[adapter_name].weight, a=math.sqrt(5))
         for container in (self.pte_A, self.pte_gate):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import PTEConfig
 from .encoder import ENCODER_NAME, ThoughtEncoder
 from .families import FUSED_PROJECTION, SPLIT_PROJECTIONS, attention_modules, find_decoder, kv_width
 from .hooks.attach import attach, attach_encoder, detach
-from .layer import Linear, PTELayer, refuse_merge, widths_of
+from .layer import Linear, PTELayer, base_layer_of, refuse_merge, widths_of
+from .start import start_as_attention
 
 
 class PTEModel(BaseTuner):
@@ -82,6 +83,7 @@ class PTEModel(BaseTuner):
         layers = [module for module in model.modules() if isinstance(module, PTELayer)]
         of_other_adapters = {part for layer in layers for part in layer.modules() if part is not layer}
         of_other_adapters |= {layer for layer in layers if isinstance(layer, ThoughtEncoder)}
+        reads_state = False
         for key, module in model.named_modules():
             if not key or module in of_other_adapters or not self._check_target_module_exists(peft_config, key):
                 continue
@@ -97,6 +99,12 @@ class PTEModel(BaseTuner):
                     "PTE cannot adapt: it is no linear layer (also quantised, or wrapped) that says its `in_features` "
                     "and `out_features`."
                 )
+            reads_state |= hidden_size_at(parent, key.rpartition(".")[2]) is not None
+        if peft_config.init_weights == "attention" and not reads_state:
+            raise ValueError(
+                "PTEConfig: `init_weights` is 'attention', which is how an output projection starts, but "
+                f"`target_modules` is {peft_config.target_modules!r}, without one: add it, or use init_weights=True."
+            )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter of this name that is there already (a notebook's cell run twice) is replaced whole."""
@@ -139,11 +147,14 @@ class PTEModel(BaseTuner):
         if isinstance(target, Linear):
             self._outdated.discard(target)
             target.update_layer(adapter_name, peft_config)
-            return
-        new_module = Linear(target, adapter_name, peft_config, hidden_size_at(parent, target_name))
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+            projection = target
+        else:
+            projection = Linear(target, adapter_name, peft_config, hidden_size_at(parent, target_name))
+            if adapter_name not in self.active_adapters:
+                projection.requires_grad_(False)
+            self._replace_module(parent, target_name, projection, target)
+        if peft_config.init_weights == "attention" and projection.hidden_size is not None:
+            start_as_attention(parent, projection, adapter_name, refuse=not peft_config.was_saved)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Only that: new layers are on their device already, and they and the unloaded ones have their weights.
@@ -179,11 +190,6 @@ class PTEModel(BaseTuner):
                 "cache share one policy. Use `set_adapter` and one batch for each adapter."
             )
         yield
-
-
-def base_layer_of(module: nn.Module) -> nn.Module:
-    """The layer under an adapter, or the layer itself."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def hidden_size_at(attention: nn.Module, projection: str) -> int | None:

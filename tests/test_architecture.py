@@ -16,7 +16,7 @@ LEVELS = [
     ["host", "config"],
     ["layer", "families"],
     ["encoder"],
-    ["stacked"],
+    ["stacked", "start"],
     ["cache"],
     ["replay"],
     ["hooks"],

@@ -72,7 +72,20 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], str]] = [
         "PTEConfig: `num_global_tokens` is 0, but with state_update='none' the state would always be zero: use 1 or "
         "more.",
     ),
-    (dict(init_weights="gaussian"), "PTEConfig: `init_weights` is 'gaussian', but must be True or False."),
+    (
+        dict(init_weights="gaussian"),
+        "PTEConfig: `init_weights` is 'gaussian', but must be True, False or 'attention'.",
+    ),
+    *(
+        (
+            dict(init_weights="attention", **other),
+            "PTEConfig: `init_weights` is 'attention', but what is asked as attention asks keys is the delta rule's "
+            "memory at the output projection: state_update='delta' and output_source='hidden_states', or "
+            "init_weights=True.",
+        )
+        for other in (dict(output_source="attention_output"), dict(state_update="sum"))
+    ),
+    (dict(write_gate=1), "PTEConfig: `write_gate` is 1, but must be True or False."),
     (
         dict(layers_pattern="layers"),
         "PTEConfig: `layers_pattern` is 'layers', but has no effect without `layers_to_transform`: give both or "

@@ -11,7 +11,6 @@ from models import tiny_model
 import candidates
 from arms import ARMS, adapt
 from peft_pte.encoder import ThoughtEncoder
-from peft_pte.layer import Linear
 from peft_pte_kernels.reference import delta_update, unit_rows
 
 R = 8
@@ -114,17 +113,3 @@ def test_least_squares_knows_no_order() -> None:
     query, initial = encoder.reading("default")
     solved = query @ torch.linalg.solve(gram, k.mT @ values)
     torch.testing.assert_close(states[0], initial + candidates.bound_rows(solved.mT))
-
-
-def test_the_state_is_asked_as_keys_are() -> None:
-    torch.manual_seed(0)
-    arm = ARMS["PTE, starts as the base asks"]
-    with arm.variant():
-        model = adapt(tiny_model("llama", torch.float32), arm, rank=R, window_size=4)
-    for attention in (module for module in model.modules() if hasattr(module, "thought_encoder")):
-        encoder = attention.thought_encoder
-        torch.testing.assert_close(encoder.query("default"), torch.eye(R), rtol=0, atol=1e-4)
-        query = attention.q_proj.base_layer.weight.detach().unflatten(0, (2, 2, 8)).mean(1).flatten(0, 1)
-        wanted, is_there = encoder.pte_key["default"].weight @ query, attention.o_proj.pte_B["default"].weight
-        torch.testing.assert_close(is_there / is_there.norm(), wanted / wanted.norm())
-        assert isinstance(attention.o_proj, Linear) and is_there.norm() > 0.1

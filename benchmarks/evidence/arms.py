@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from baselines import compressed, delethink
 from candidates import (
-    with_attention_start,
     with_channel_gates,
     with_convolved_values,
     with_heads,
@@ -98,7 +97,9 @@ CANDIDATES: dict[str, Arm] = {
     "PTE, least squares": replace(pte(), variant=with_least_squares),
     "PTE, gates of channels": replace(pte(), variant=with_channel_gates),
     "PTE, length of keys as gate": replace(pte(), variant=with_length_as_gate),
-    "PTE, starts as the base asks": replace(pte(), variant=with_attention_start),
+    "PTE, gate of writes": pte(write_gate=True),
+    "PTE, starts as attention": pte(init_weights="attention"),
+    "PTE, gate of writes, starts as attention": pte(write_gate=True, init_weights="attention"),
     "PTE, encoder learns 3 times slower": replace(pte(), slower={"thought_encoder": 3.0}),
     "PTE, A and B learn 3 times slower": replace(pte(), slower={"pte_A": 3.0, "pte_B": 3.0}),
     "PTE, q, k and v learn 10 times slower": replace(pte(), slower={f"{name}_proj": 10.0 for name in "qkv"}),
@@ -110,6 +111,14 @@ CANDIDATES: dict[str, Arm] = {
     "PTE, scaling 1/4": replace(pte(), scaling=1 / 4),
     "PTE, rank 16": replace(pte(), rank=16),
     "PTE, truncated gradient": pte(gradient="truncated"),
+}
+# For notes on SmolLM2: the outputs of layers in which its attention misses most of what has left, larger updates.
+MIDDLE: dict[str, Any] = dict(target_modules=["o_proj"], layers_to_transform=list(range(14, 24)))
+CHECKPOINT: dict[str, Arm] = {
+    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention": replace(
+        pte(write_gate=True, init_weights="attention", **MIDDLE), scaling=12.0
+    ),
+    "PTE, outputs of layers 14 to 23": replace(pte(**MIDDLE), scaling=12.0),
 }
 # One choice changed at a time from the first design, whose tables are in results/first_design (`--first-design`).
 FIRST_DESIGN: dict[str, Arm] = {
@@ -148,7 +157,7 @@ BASELINES = {
     "base, cache compressed (KeyDiff)": Arm("none", windowed=False, answer=partial(compressed, "KeyDiffPress")),
     "base, cache compressed (TOVA)": Arm("none", windowed=False, answer=partial(compressed, "TOVAPress")),
 }
-ARMS = MAIN_ARMS | BASELINES | CANDIDATES | FIRST_DESIGN | ORACLE_ARMS
+ARMS = MAIN_ARMS | BASELINES | CANDIDATES | CHECKPOINT | FIRST_DESIGN | ORACLE_ARMS
 
 
 def adapt(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -18,7 +17,6 @@ import peft_pte.encoder
 import peft_pte.stacked
 from peft_pte import PTEConfig
 from peft_pte.encoder import Reading, StateRule, ThoughtEncoder, TokenTable
-from peft_pte.model import PTEModel, base_layer_of
 from peft_pte_kernels import reference
 from peft_pte_kernels.reference import bound_rows, convolve, delta_update, in_front, unit_rows
 
@@ -192,35 +190,5 @@ def with_least_squares(ridge: float = 1.0) -> Iterator[None]:
         with_write(write),
         patch.object(peft_pte.encoder, "read_layers", read_layers),
         patch.object(peft_pte.stacked, "read_layers", read_layers),
-    ):
-        yield
-
-
-@contextmanager
-def with_attention_start() -> Iterator[None]:
-    """Q = I, and B of the output projection starts as W_K times the base's query projection, at its usual size.
-
-    So the state is asked, at first, with what the base's own attention asks keys with.
-    """
-
-    def turned(self: ThoughtEncoder, name: str, config: PTEConfig) -> None:
-        solution = torch.linalg.lstsq(self.pte_query[name].weight.detach(), torch.eye(config.r)).solution
-        self.pte_query_tokens[name].weight.data.copy_(solution.mT)
-
-    create = PTEModel._create_and_replace
-
-    def _create_and_replace(self: Any, config: PTEConfig, name: str, target: Any, target_name: str, parent: nn.Module,
-                            *args: Any, **kwargs: Any) -> None:  # fmt: skip
-        create(self, config, name, target, target_name, parent, *args, **kwargs)
-        if target_name == "o_proj":
-            query = base_layer_of(parent.q_proj).weight
-            heads = query.detach().unflatten(0, (parent.config.num_key_value_heads, -1, parent.head_dim)).mean(1)
-            start = parent.thought_encoder.pte_key[name].weight.detach() @ heads.flatten(0, 1)
-            weight = parent.o_proj.pte_B[name].weight.data
-            weight.copy_(start * (weight.norm() / start.norm()))
-
-    with (
-        after_update_layer(turned),
-        patch.object(PTEModel, "_create_and_replace", _create_and_replace),
     ):
         yield

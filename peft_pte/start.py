@@ -1,0 +1,105 @@
+"""How an adapter starts with `init_weights="attention"`: its states are asked as the base's attention asks keys.
+
+A query q = W_q x meets a key k = W_k y in the product q k, which is x^T (W_q^T W_k) y without their positions. Of this
+form the r strongest pairs of directions are taken (a truncated singular value decomposition): tokens are then written
+under what the base looks for in their keys, and asked for by what it looks for them with.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from .encoder import ENCODER_NAME
+from .families import FUSED_PROJECTION, kv_width
+from .layer import Linear, base_layer_of, is_sharded_tensor
+
+
+def attention_start(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """P [r, in] and W [r, d_kv] such that P x and W k have, of all pairs of rank r, inner products nearest to q k.
+
+    Args:
+        queries, keys: W_q and W_k, [d_kv, in], of heads that belong to each other, so that the form is W_q^T W_k.
+        rank: r. Where d_kv is smaller, the remaining rows are zero.
+    """
+
+    def power(gram: torch.Tensor, exponent: float) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(gram)
+        smallest = values.max() * 1e-6
+        powers = torch.where(values > smallest, values.clamp(min=smallest) ** exponent, 0.0)
+        return (vectors * powers) @ vectors.mT
+
+    # In coordinates in which both sides are white, [d_kv, d_kv] instead of [in, in].
+    of_queries, of_keys = queries @ queries.mT, keys @ keys.mT
+    left, strengths, right = torch.linalg.svd(power(of_queries, 0.5) @ power(of_keys, 0.5))
+    count = min(rank, len(strengths))
+    roots = strengths[:count, None].sqrt()
+    asks, writes = queries.new_zeros(rank, queries.shape[1]), keys.new_zeros(rank, len(keys))
+    asks[:count] = roots * (left[:, :count].mT @ power(of_queries, -0.5) @ queries)
+    writes[:count] = roots * (right[:count] @ power(of_keys, -0.5))
+    return asks, writes
+
+
+def weight_of(projection: nn.Module) -> torch.Tensor | None:
+    """The weight [out, in] of a projection in float32 or float64, dequantised; None if it cannot be read here."""
+    layer = base_layer_of(projection)
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.is_meta or is_sharded_tensor(weight):
+        return None
+    if not weight.is_floating_point():
+        try:
+            weight = dequantize_module_weight(layer)
+        except (TypeError, ImportError, AttributeError):
+            return None
+    weight = weight.detach()
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def query_and_key_weights(attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """W_q, the mean over the query heads of each key head, and W_k, both [d_kv, in]; None if they cannot be read."""
+    d_kv = kv_width(attention)
+    if hasattr(attention, FUSED_PROJECTION):
+        weight = weight_of(getattr(attention, FUSED_PROJECTION))
+        if weight is None or len(weight) <= 2 * d_kv:
+            return None
+        queries, keys, _ = weight.split([len(weight) - 2 * d_kv, d_kv, d_kv])
+    else:
+        queries, keys = weight_of(attention.q_proj), weight_of(attention.k_proj)
+        if queries is None or keys is None or len(keys) != d_kv:
+            return None
+    num_heads = getattr(attention.config, "num_key_value_heads", None) or attention.config.num_attention_heads
+    head_dim = d_kv // num_heads
+    if len(queries) % d_kv:
+        return None
+    return queries.unflatten(0, (num_heads, -1, head_dim)).mean(1).flatten(0, 1), keys
+
+
+@torch.no_grad()
+def start_as_attention(attention: nn.Module, output_projection: Linear, name: str, refuse: bool) -> None:
+    """Let `B` of one layer's output projection, W_K and Q start so; Q = W_Q q_g becomes a multiple of the identity.
+
+    All keep the norms that they have. Nothing is done where parameters are on `meta`: they are about to be loaded.
+
+    Raises:
+        ValueError: the base's weights cannot be read, and `refuse`.
+    """
+    encoder = getattr(attention, ENCODER_NAME)
+    query = encoder.pte_query[name].weight
+    targets = output_projection.pte_B[name].weight, encoder.pte_key[name].weight, encoder.pte_query_tokens[name].weight
+    if any(target.is_meta for target in targets):
+        return
+    weights = query_and_key_weights(attention)
+    if weights is None:
+        if refuse:
+            raise ValueError(
+                "PTEConfig: `init_weights` is 'attention', but the weights of the query and key projections of layer "
+                f"{attention.layer_idx} cannot be read here (sharded, on `meta`, or quantised in a way that PEFT does "
+                "not take back): use init_weights=True."
+            )
+        return
+    asks, writes = attention_start(*weights, encoder.pte_rule[name].r)
+    tokens = torch.linalg.pinv(query.to(asks.dtype)).mT
+    for target, start in zip(targets, (asks, writes, tokens)):
+        norm = target.to(asks.dtype).norm()
+        target.copy_(start.to(target.device) * (norm / start.norm().to(target.device).clamp(min=1e-12)))
