@@ -21,7 +21,7 @@ from models import tiny_model
 
 import report
 import rl
-from arms import ARMS, adapt, states_swapped, states_zeroed
+from arms import ARMS, CHECKPOINT, adapt, states_swapped, states_zeroed
 from peft_pte.encoder import ThoughtEncoder
 from tasks import TASKS
 from training import Settings
@@ -165,8 +165,10 @@ def test_controls_change_what_the_state_says() -> None:
 
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.adapter in ("lora", "pte")])
 def test_arms_train_what_they_should(arm: str) -> None:
+    num_layers = 24 if arm in CHECKPOINT else 2  # as many as it names, or the usual
     with ARMS[arm].variant():
-        model = adapt(tiny_model("llama", torch.float32).requires_grad_(False), ARMS[arm], rank=8, window_size=4)
+        base = tiny_model("llama", torch.float32, num_hidden_layers=num_layers).requires_grad_(False)
+        model = adapt(base, ARMS[arm], rank=8, window_size=4)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
         border = dict(prompt_lengths=2) if ARMS[arm].windowed else {}
