@@ -99,6 +99,9 @@ def start_as_attention(attention: nn.Module, output_projection: Linear, name: st
             )
         return
     asks, writes = attention_start(*weights, encoder.pte_rule[name].r)
+    # Turned, which changes no inner product: else the strongest pair's rows are long, and Adam's steps small for them.
+    turn = torch.linalg.qr(torch.randn(len(asks), len(asks), dtype=asks.dtype, device=asks.device)).Q
+    asks, writes = turn @ asks, turn @ writes
     tokens = torch.linalg.pinv(query.to(asks.dtype)).mT
     for target, start in zip(targets, (asks, writes, tokens)):
         norm = target.to(asks.dtype).norm()
