@@ -109,6 +109,19 @@ def load_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, list[Ro
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
+def field_of_config(text: str) -> tuple[str, Any]:
+    """`write_gate=true` as a field of PTEConfig and its value: JSON, or a word."""
+    name, is_there, value = text.partition("=")
+    if not is_there:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if name not in PTEConfig.__dataclass_fields__:
+        raise argparse.ArgumentTypeError(f"PTEConfig has no {name!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -125,6 +138,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     prefix = dict(type=lambda text: text if text == "prompt" else int(text), metavar="N", default="prompt")
     add("--retained-prefix", **prefix, help="first tokens that never leave, or 'prompt' (the default)")
     add("--rank", type=int, default=32)
+    add("--config", type=field_of_config, nargs="+", default=[], metavar="NAME=VALUE", help="fields of PTEConfig")
     add("--gradient", choices=["full", "truncated"], default="full", help="truncated: constant memory")
     add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=8, help="rows a step, for each process")
@@ -171,7 +185,7 @@ def make_trainer(options: argparse.Namespace, rows: list[Row]) -> PTEDistillatio
     torch.manual_seed(options.seed)
     size = dict(r=options.rank, pte_alpha=options.rank / 2, num_global_tokens=options.rank)
     cache = {name: getattr(options, name) for name in ("window_size", "eviction_ratio", "retained_prefix", "gradient")}
-    model = get_peft_model(base, PTEConfig(task_type="CAUSAL_LM", **size, **cache))
+    model = get_peft_model(base, PTEConfig(**(dict(task_type="CAUSAL_LM") | size | cache | dict(options.config))))
     settings = PTEDistillationConfig(
         output_dir=str(options.output),
         window_sizes=options.window_sizes,

@@ -196,6 +196,10 @@ def test_options_that_cannot_be_used_are_refused(
     assert "--model and --data go together" in refusal("--model", base)
     assert "there is no file" in refusal("--model", base, "--data", tmp_path / "none.jsonl")
     assert "no checkpoint" in refusal(*options(base, data, tmp_path / "out", "--resume"))
+    assert "PTEConfig has no 'wirte_gate'" in refusal("--config", "wirte_gate=true")
+    assert "'write_gate' is not NAME=VALUE" in refusal("--config", "r=4", "write_gate")
+    fields = warm_start.arguments(["--config", "write_gate=true", "pte_alpha=9", "init_weights=attention"]).config
+    assert dict(fields) == dict(write_gate=True, pte_alpha=9, init_weights="attention")
     assert "--steps is 0, but must be at least 1" in refusal(*options(base, data, tmp_path / "out", "--steps", 0))
     assert "--checkpoint is for the default model" in refusal(*options(base, data, tmp_path, "--checkpoint", "x"))
     with pytest.raises(ValueError, match="`window_sizes` is"):
