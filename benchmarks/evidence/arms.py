@@ -112,7 +112,7 @@ CANDIDATES: dict[str, Arm] = {
     "PTE, rank 16": replace(pte(), rank=16),
     "PTE, truncated gradient": pte(gradient="truncated"),
 }
-# For notes on SmolLM2: the outputs of the layers around 18, whose state alone finds whose number it is, and larger updates.
+# For notes on SmolLM2: the outputs of the layers around 18, whose state alone finds whose a number is, larger updates.
 MIDDLE: dict[str, Any] = dict(target_modules=["o_proj"], layers_to_transform=list(range(14, 24)))
 CHECKPOINT: dict[str, Arm] = {
     "PTE, outputs of layers 14 to 23, gate of writes, starts as attention": replace(
