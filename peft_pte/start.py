@@ -47,11 +47,14 @@ def weight_of(projection: nn.Module) -> torch.Tensor | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta or is_sharded_tensor(weight):
         return None
-    if not weight.is_floating_point():
-        try:
-            weight = dequantize_module_weight(layer)
-        except (TypeError, ImportError, AttributeError):
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter)
+    if not is_plain or not weight.is_floating_point():
+        try:  # torchao and quanto have tensors of their own, bitsandbytes packs into integers
+            weight = weight.dequantize() if weight.is_floating_point() else dequantize_module_weight(layer)
+        except (TypeError, ImportError, AttributeError, NotImplementedError, RuntimeError):
             return None
+    if weight.dim() != 2 or not weight.is_floating_point():
+        return None
     weight = weight.detach()
     return weight if weight.dtype == torch.float64 else weight.float()
 

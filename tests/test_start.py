@@ -13,7 +13,7 @@ from torch import nn
 from peft_pte import PTEConfig
 from peft_pte.families import attention_modules, find_decoder
 from peft_pte.layer import base_layer_of
-from peft_pte.start import attention_start, query_and_key_weights
+from peft_pte.start import attention_start, query_and_key_weights, weight_of
 
 
 @pytest.mark.parametrize("d_kv, width, rank", [(8, 20, 3), (12, 12, 5), (24, 16, 6), (8, 20, 8), (4, 16, 7)])
@@ -80,6 +80,22 @@ def test_a_saved_adapter_is_what_it_was(tmp_path: Path) -> None:
         loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, **options)
         expected = {n: p for n, p in model.named_parameters() if "pte_" in n}
         assert all(torch.equal(p, expected[n]) for n, p in loaded.named_parameters() if "pte_" in n)
+
+
+class Packed(torch.Tensor):
+    """A weight as some quantisers have them: a tensor of a class of its own, that can be taken back."""
+
+    def dequantize(self) -> torch.Tensor:
+        return 2 * self.as_subclass(torch.Tensor)
+
+
+def test_quantised_weights_are_taken_back() -> None:
+    layer = nn.Linear(3, 4, dtype=torch.float64)
+    plain = layer.weight.detach()
+    layer.weight = nn.Parameter(plain.as_subclass(Packed))
+    assert type(layer.weight) is Packed and torch.equal(weight_of(layer), 2 * plain)
+    layer.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
+    assert weight_of(layer) is None
 
 
 def test_weights_that_cannot_be_read_are_refused() -> None:
