@@ -153,7 +153,8 @@ class PTEModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 projection.requires_grad_(False)
             self._replace_module(parent, target_name, projection, target)
-        if peft_config.init_weights == "attention" and projection.hidden_size is not None:
+        is_start = peft_config.init_weights == "attention" and not peft_config.inference_mode  # that is to be loaded
+        if is_start and projection.hidden_size is not None:
             start_as_attention(parent, projection, adapter_name, refuse=not peft_config.was_saved)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
