@@ -86,7 +86,9 @@ def test_parameters_that_are_gathered_are_noticed() -> None:
 def two_adapters(case: Case, **training: Any) -> torch.nn.Module:
     """Active together: the second has another rank and rule, and is in one of the layers only."""
     model = with_adapter(tiny_model(case.family, seed=case.seed), **case.config, **training)
-    config = case.config | training | dict(state_update="sum", state_norm="read", r=4, num_global_tokens=2)
+    config = (
+        case.config | training | dict(state_update="sum", state_norm="read", write_gate=False, r=4, num_global_tokens=2)
+    )
     config |= dict(layers_to_transform=[1], init_weights=False)
     model.add_adapter("second", PTEConfig(task_type="CAUSAL_LM", **config))
     model.base_model.set_adapter(["default", "second"])
