@@ -23,7 +23,7 @@ from torch import nn
 
 from arms import ARMS
 from notes import NOTE_LENGTH, Notes
-from peft_pte.encoder import read_layers
+from peft_pte.encoder import Reading, read_layers
 from peft_pte_kernels import reference
 from training import Settings, adapted
 
@@ -105,7 +105,7 @@ class Memory(nn.Module):
         keys, values = self.encoder.pte_key[NAME](keys), self.encoder.pte_value[NAME](values)
         core = reference.write("delta", core, keys, values, None, taps)
         query, initial = self.encoder.reading(NAME)
-        state = read_layers(rule, core[None], type(self.encoder.reading(NAME))(query[None], initial[None]))[0]
+        state = read_layers(rule, core[None], Reading(query[None], initial[None]))[0]
         asked = features.asked[rows].float()
         gate = self.output.pte_gate[NAME].weight if NAME in self.output.pte_gate else None
         weights = [self.output.pte_A[NAME].weight], [self.output.pte_B[NAME].weight]
