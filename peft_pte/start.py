@@ -24,20 +24,21 @@ def attention_start(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tup
         rank: r. Where d_kv is smaller, the remaining rows are zero.
     """
 
-    def power(gram: torch.Tensor, exponent: float) -> torch.Tensor:
-        values, vectors = torch.linalg.eigh(gram)
+    def root_and_inverse(weight: torch.Tensor) -> list[torch.Tensor]:
+        """Of W W^T: its square root, and the inverse of that where it has one."""
+        values, vectors = torch.linalg.eigh(weight @ weight.mT)
         smallest = values.max() * 1e-6
-        powers = torch.where(values > smallest, values.clamp(min=smallest) ** exponent, 0.0)
-        return (vectors * powers) @ vectors.mT
+        powers = (torch.where(values > smallest, values.clamp(min=smallest) ** p, 0.0) for p in (0.5, -0.5))
+        return [(vectors * power) @ vectors.mT for power in powers]
 
     # In coordinates in which both sides are white, [d_kv, d_kv] instead of [in, in].
-    of_queries, of_keys = queries @ queries.mT, keys @ keys.mT
-    left, strengths, right = torch.linalg.svd(power(of_queries, 0.5) @ power(of_keys, 0.5))
+    (of_queries, white_queries), (of_keys, white_keys) = map(root_and_inverse, (queries, keys))
+    left, strengths, right = torch.linalg.svd(of_queries @ of_keys)
     count = min(rank, len(strengths))
     roots = strengths[:count, None].sqrt()
     asks, writes = queries.new_zeros(rank, queries.shape[1]), keys.new_zeros(rank, len(keys))
-    asks[:count] = roots * (left[:, :count].mT @ power(of_queries, -0.5) @ queries)
-    writes[:count] = roots * (right[:count] @ power(of_keys, -0.5))
+    asks[:count] = roots * (left[:, :count].mT @ white_queries @ queries)
+    writes[:count] = roots * (right[:count] @ white_keys)
     return asks, writes
 
 
