@@ -13,7 +13,6 @@ written after the notes. A guess among the three numbers that were written is ri
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from arms import ARMS
 from notes import NOTE_LENGTH, Notes
 from peft_pte.encoder import Reading, read_layers
 from peft_pte_kernels import reference
-from training import Settings, adapted
+from training import Settings, adapted, share_of_rate
 
 TASK, NAME = "notes_any_word", "default"
 TEXT = 96  # tokens of text between notes and questions, of which an evaluation writes some
@@ -124,9 +123,8 @@ def train(memory: Memory, rows: torch.Tensor, training: Features, held_out: Feat
         return READ_OUT * memory(features, chosen, text) @ rows.mT
 
     for step in range(steps):
-        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 20) * decay
+            group["lr"] = learning_rate * share_of_rate(step, steps)
         chosen = torch.randint(len(training.digits), (batch_size,), generator=generator)
         text = int(torch.randint(TEXT * 2 // 3 + 1, (), generator=generator))
         loss = F.cross_entropy(logits(training, chosen, text).flatten(0, 1), training.digits[chosen].flatten())
@@ -165,12 +163,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             print(f"features of {start + size} of {count} streams", end="\r", flush=True)
     rows = model.get_output_embeddings().weight[settings.streams.words.digits].float().detach()
     rows = F.normalize(rows - rows.mean(0), dim=-1)
+    features = {
+        layer: [Features(*map(torch.cat, zip(*(chunk[layer] for chunk in part)))) for part in chunks]
+        for layer in options.layers
+    }
     results = []
-    for layer in options.layers:
-        training, held_out = (Features(*map(torch.cat, zip(*(chunk[layer] for chunk in part)))) for part in chunks)
-        for arm in options.arms:
-            with ARMS[arm].variant():
-                attention = adapted(ARMS[arm], settings, options.seed).get_base_model().model.layers[layer].self_attn
+    for arm in options.arms:
+        with ARMS[arm].variant():
+            decoder = adapted(ARMS[arm], settings, options.seed).get_base_model().model
+        for layer, (training, held_out) in features.items():
+            attention = decoder.layers[layer].self_attn
             found = train(Memory(attention), rows, training, held_out, options.steps, options.batch_size,
                           options.learning_rate, options.seed)  # fmt: skip
             told = "  ".join(f"{text}: {right:.2f} ({nats:.2f})" for text, (right, nats) in found.items())

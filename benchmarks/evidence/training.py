@@ -230,6 +230,11 @@ def run_arm(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
         return train_and_evaluate(name, seed, settings)
 
 
+def share_of_rate(step: int, steps: int) -> float:
+    """Of the learning rate: twenty steps of warm-up, then half a cosine down to a twentieth."""
+    return min(1, (step + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
 def supervised(
     model: torch.nn.Module, settings: Settings, seed: int, arm: Arm, unfinished: Unfinished | None = None
 ) -> Iterator[Step]:
@@ -248,9 +253,9 @@ def supervised(
     captured = CapturedSteps(parameters) if settings.graphs else None
     for step in range(done, settings.steps):
         model.train()
-        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * settings.pace * min(1, (step + 1) / 20) * decay / group["slower"]
+            rate = settings.learning_rate * settings.pace
+            group["lr"] = rate * share_of_rate(step, settings.steps) / group["slower"]
         steps = settings.trained_distance // settings.distance_step
         distance = settings.distance_step * int(torch.randint(steps + 1, (), generator=generator))
         stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
