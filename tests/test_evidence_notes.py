@@ -1,4 +1,4 @@
-"""Notes for a real checkpoint, with a tiny random one here: streams can be solved by reading, and everything runs."""
+"""Notes and ledgers for a real checkpoint, a tiny random one here: they can be solved by reading; everything runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 import notes
 from arms import ARMS
+from ledger import Ledger
 from notes import Notes
 from tasks import TASKS
 from training import Settings, adapted, run_arm
 
 OTHERS = "Berlin Monday Wave river cloud spark"
+SMALL = "number of is has gets loses and"
+BEGINNINGS = ["The", "Notes", "Questions", "Now", "Then", "Led", "ger", "Later"]
 
 
 def save_tokenizer(folder: Path, left_out: str = "") -> int:
@@ -32,7 +35,7 @@ def save_tokenizer(folder: Path, left_out: str = "") -> int:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    words = [f" {word}" for word in f"{notes.NAMES} {notes.THINGS} {OTHERS} number of is".split() if word != left_out]
+    words = [f" {word}" for word in f"{notes.NAMES} {notes.THINGS} {OTHERS} {SMALL}".split() if word != left_out]
     trainer = trainers.BpeTrainer(
         vocab_size=5000,
         min_frequency=1,
@@ -40,7 +43,7 @@ def save_tokenizer(folder: Path, left_out: str = "") -> int:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([*words, "The", "Notes", "Questions"], trainer)
+    backend.train_from_iterator([*words, *BEGINNINGS], trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", eos_token="<end>").save_pretrained(folder)
     return backend.get_vocab_size()
 
@@ -78,22 +81,57 @@ def test_numbers_can_be_read_off_the_text(folder: Path, held_out: bool, facts: i
             assert text_of(folder, row[tens : tens + 2]) == number_asked_for(text_of(folder, row[:tens]))
 
 
+def balances(read: str) -> list[str]:
+    """From a ledger up to a number: what each change before it, and the one that has begun, should have said."""
+    has: dict[str, int] = {}
+    said = []
+    line = r"Now (\w+) has (\d\d) coins\.|Then (\w+) (gets|loses) (\d) coins and has "
+    for opened, opening, name, verb, change in re.findall(line, read):
+        if opened:
+            assert opened not in has
+            has[opened] = int(opening)
+        else:
+            has[name] += int(change) * (1 if verb == "gets" else -1)
+            said.append(str(has[name]))
+    return said
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("people, changes, distance", [(1, 0, 0), (3, 1, 40), (4, 3, 7)])
+def test_accounts_can_be_kept_from_the_text(
+    folder: Path, held_out: bool, people: int, changes: int, distance: int
+) -> None:
+    given = dict(people=people, changes=changes)
+    task = Ledger(folder, held_out)
+    stream = task.sample(4, distance, torch.Generator().manual_seed(0), **given)
+    assert stream.input_ids.shape[1] == task.length(distance, **given)
+    columns = stream.answers[0].nonzero()[:, 0].tolist()
+    assert (stream.answers == stream.answers[0]).all() and len(columns) == 2 * people * (changes + 1)
+    assert stream.scored[0].nonzero()[:, 0].tolist() == columns[2 * people * changes :][:2]
+    for row in stream.input_ids:
+        assert text_of(folder, row).startswith("Ledger:\n")
+        said = [text_of(folder, row[tens : tens + 2]) for tens in columns[::2]]
+        assert said == balances(text_of(folder, row[: columns[-1] + 1]))
+        asked = text_of(folder, row).rsplit("\nLater:\n", 1)[1]
+        assert len(set(re.findall(r"Then (\w+) ", asked))) == people
+
+
 def test_layout(folder: Path) -> None:
     """Prompt, notes, `distance` tokens of the text, questions; the filler alone is new at another distance."""
     task = Notes(folder)
     far, near = (task.sample(4, distance, torch.Generator().manual_seed(0)).input_ids for distance in (30, 0))
-    start = notes.PROMPT_LENGTH + 3 * notes.NOTE_LENGTH
+    start = notes.NOTES.prompt.length + 3 * notes.NOTE.length
     assert torch.equal(torch.cat([far[:, :start], far[:, start + 30 :]], 1), near)
     text = notes.filler_text(held_out=False)
     assert len({tuple(row) for row in far.tolist()}) == 4
     for row in far:
-        assert text_of(folder, row[: notes.PROMPT_LENGTH]) == notes.PROMPT
+        assert text_of(folder, row[: notes.NOTES.prompt.length]) == notes.NOTES.prompt.text
         assert text_of(folder, row[start : start + 30]) in text
         assert len(set(re.findall(r" of (\w+) is", text_of(folder, row[:start])))) == 3
 
 
 def test_the_evaluation_has_names_things_and_text_of_its_own(folder: Path) -> None:
-    training, evaluation = (notes.words_of(folder, held_out) for held_out in (False, True))
+    training, evaluation = (notes.words_of(folder, notes.NOTES, held_out) for held_out in (False, True))
     for words in ("names", "things"):
         ours, theirs = (set(getattr(x, words).tolist()) for x in (training, evaluation))
         assert not ours & theirs and len(ours) > 3 * len(theirs) > 30
@@ -127,6 +165,8 @@ def test_what_a_tokenizer_must_do(tmp_path: Path) -> None:
         TASKS["notes"].sample(1, 0, torch.Generator())
     with pytest.raises(ValueError, match="facts must be 1 to"):
         TASKS["notes"].chance(facts=40)
+    with pytest.raises(ValueError, match="people must be 1 to .* and changes 0 to 3"):
+        TASKS["ledger"].chance(changes=4)
 
 
 def evidence(*arguments: object) -> None:

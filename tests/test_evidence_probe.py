@@ -7,7 +7,7 @@ import torch
 from models import relative_error, tiny_model, with_adapter
 
 import probe
-from notes import NOTE_LENGTH
+from notes import NOTE
 from peft_pte.encoder import Evicted
 from peft_pte.layer import AttentionCall, current_call
 from peft_pte.rotary import KeyPositions
@@ -18,11 +18,11 @@ def test_a_probe_answers_as_the_layer_does(config: dict[str, object]) -> None:
     model = with_adapter(tiny_model("llama", torch.float32), window_size=6, encode_keys="post_rope", **config)
     attention = model.get_base_model().model.layers[1].self_attn
     generator = torch.Generator().manual_seed(0)
-    d_kv, width, written = attention.thought_encoder.d_kv, attention.o_proj.hidden_size, NOTE_LENGTH + 5
-    keys, values = torch.randn(2, 3, NOTE_LENGTH + probe.TEXT, d_kv, generator=generator)
+    d_kv, width, written = attention.thought_encoder.d_kv, attention.o_proj.hidden_size, NOTE.length + 5
+    keys, values = torch.randn(2, 3, NOTE.length + probe.TEXT, d_kv, generator=generator)
     asked = torch.randn(3, 4, width, generator=generator)
     features = probe.Features(keys, values, asked, torch.zeros(3, 4, dtype=torch.long))
-    actual = probe.Memory(attention)(features, torch.tensor([2, 0]), written - NOTE_LENGTH)
+    actual = probe.Memory(attention)(features, torch.tensor([2, 0]), written - NOTE.length)
 
     heads = [x[[2, 0], :written].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (keys, values)]
     positions = KeyPositions(model.get_base_model().model.rotary_emb, torch.arange(written).expand(2, -1))

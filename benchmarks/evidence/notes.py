@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -21,12 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from shared import dtype_here, paragraphs
 from streams import Parts, Task, shuffled
 
-PROMPT = "Notes:\n"
-NOTE = "The number of{thing} of{name} is {number}.\n"
-BEFORE_QUESTIONS = "\nQuestions:\n"
-# How many tokens they take, known before there is a tokenizer, which is checked against this.
-PROMPT_LENGTH, NOTE_LENGTH, BEFORE_LENGTH = 3, 12, 4
-UNSUITABLE = "notes need a tokenizer that splits them as SmolLM2's does"
+UNSUITABLE = "notes and ledgers need a tokenizer that splits them as SmolLM2's does"
 Encode = Callable[[str], list[int]]
 
 NAMES = (
@@ -44,6 +41,9 @@ THINGS = (
     "bananas grapes berries nuts eggs cakes cookies pots jars tents drums guitars rabbits turtles frogs spiders bees "
     "snakes mice notebooks letters envelopes magazines"
 )
+
+
+VERBS = (" gets", " loses")
 
 
 def words_in(text: str, held_out: bool) -> list[str]:
@@ -69,8 +69,28 @@ def only_tokens(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tor
     return torch.tensor(encoded)[:, 0]
 
 
+class Said(NamedTuple):
+    """A text, and how many tokens it takes, known before there is a tokenizer, which is checked against this."""
+
+    text: str
+    length: int
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What stands around the words of a task. `sentences` have gaps: one word with its space, or two digits."""
+
+    prompt: Said
+    before_questions: Said
+    sentences: tuple[Said, ...]
+
+
+NOTE = Said("The number of{thing} of{name} is {number}.\n", 12)
+NOTES = Wording(Said("Notes:\n", 3), Said("\nQuestions:\n", 4), (NOTE,))
+
+
 class Template:
-    """A sentence as tokens with gaps: `name` and `thing` of one token, `number` of two."""
+    """A sentence as tokens with gaps: all of one token, but `number`, which is `tens` and `ones`."""
 
     def __init__(self, text: str, length: int, encode: Encode):
         self.tokens: list[int | str] = []
@@ -85,7 +105,8 @@ class Template:
         return torch.stack([gaps[t] if isinstance(t, str) else torch.full_like(one, t) for t in self.tokens], -1)
 
     @property
-    def is_digit(self) -> torch.Tensor:
+    def is_number(self) -> torch.Tensor:
+        """[length] bool: both digits of `number`."""
         return torch.tensor([token in ("tens", "ones") for token in self.tokens])
 
 
@@ -105,43 +126,62 @@ class Words:
     `any_word`: names and things of training are all capitalised and all small words of the vocabulary, too.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, held_out: bool, any_word: bool = False):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, wording: Wording, held_out: bool, any_word: bool = False):
         def encode(text: str) -> list[int]:
             # A long text at once is meant here, though it is no input of the model.
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-        prompt, before = encode(PROMPT), encode(BEFORE_QUESTIONS)
-        check_length(PROMPT, prompt, PROMPT_LENGTH)
-        check_length(BEFORE_QUESTIONS, before, BEFORE_LENGTH)
-        self.prompt, self.before_questions = torch.tensor(prompt), torch.tensor(before)
-        self.note = Template(NOTE, NOTE_LENGTH, encode)
+        def fixed(said: Said) -> torch.Tensor:
+            tokens = encode(said.text)
+            check_length(said.text, tokens, said.length)
+            return torch.tensor(tokens)
+
+        self.prompt, self.before_questions = fixed(wording.prompt), fixed(wording.before_questions)
+        self.sentences = [Template(said.text, said.length, encode) for said in wording.sentences]
         pools = [words_in(words, held_out) for words in (NAMES, THINGS)]
         if any_word and not held_out:
             pools[0] += other_words(tokenizer, "[A-Z][a-z]{2,}", NAMES)
             pools[1] += other_words(tokenizer, "[a-z]{3,}", THINGS)
         names, things = ([f" {word}" for word in words] for words in pools)
-        self.names, self.things, self.digits = (
-            only_tokens(words, tokenizer) for words in (names, things, "0123456789")
+        self.names, self.things, self.verbs, self.digits = (
+            only_tokens(words, tokenizer) for words in (names, things, VERBS, "0123456789")
         )
         self.text = torch.tensor(encode(filler_text(held_out)))
-        # Whether what is put together is what the tokenizer makes of the whole sentence.
+        # Whether what is put together is what the tokenizer makes of whole sentences.
         count = max(len(names), len(things), 90)
-        gaps = dict(name=self.names, thing=self.things, tens=self.digits[1:].repeat_interleave(10))
-        gaps |= dict(ones=self.digits.repeat(9))
-        cycled = {name: values.repeat(count)[:count] for name, values in gaps.items()}
-        sentences = [
-            NOTE.format(name=names[i % len(names)], thing=things[i % len(things)], number=10 + i % 90)
+        number, change = 10 + torch.arange(count) % 90, 1 + torch.arange(count) % 9
+        tokens = dict(
+            name=self.names.repeat(count)[:count],
+            thing=self.things.repeat(count)[:count],
+            verb=self.verbs.repeat(count)[:count],
+            change=self.digits[change],
+            **self.number(number),
+        )
+        said = [
+            dict(
+                name=names[i % len(names)],
+                thing=things[i % len(things)],
+                verb=VERBS[i % len(VERBS)],
+                change=int(change[i]),
+                number=int(number[i]),
+            )
             for i in range(count)
         ]
-        encoded = tokenizer(sentences, add_special_tokens=False)["input_ids"]
-        for sentence, row, tokens in zip(sentences, self.note.filled(**cycled).tolist(), encoded):
-            if tokens != row:
-                raise ValueError(f"{UNSUITABLE}: {sentence!r} is not the tokens of its words.")
+        for (text, _), template in zip(wording.sentences, self.sentences):
+            sentences = [text.format(**gaps) for gaps in said]
+            encoded = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+            for sentence, row, expected in zip(sentences, template.filled(**tokens).tolist(), encoded):
+                if expected != row:
+                    raise ValueError(f"{UNSUITABLE}: {sentence!r} is not the tokens of its words.")
+
+    def number(self, number: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Its two digits, as tokens for the gap of the same name."""
+        return dict(tens=self.digits[number // 10], ones=self.digits[number % 10])
 
 
 @lru_cache
-def words_of(folder: Path, held_out: bool, any_word: bool = False) -> Words:
-    return Words(AutoTokenizer.from_pretrained(folder), held_out, any_word)
+def words_of(folder: Path, wording: Wording, held_out: bool, any_word: bool = False) -> Words:
+    return Words(AutoTokenizer.from_pretrained(folder), wording, held_out, any_word)
 
 
 class Notes(Task):
@@ -151,7 +191,8 @@ class Notes(Task):
     """
 
     name = "notes"
-    prompt_length = PROMPT_LENGTH
+    wording = NOTES
+    prompt_length = NOTES.prompt.length
     difficulty = dict(facts=3)
     whole_answers = True
     matched_rank = 40
@@ -186,18 +227,23 @@ class Notes(Task):
     @property
     def words(self) -> Words:
         if self.folder is None:
-            raise ValueError("notes are written with the tokenizer of a base: call opened(folder) first.")
-        return words_of(self.folder, self.of_evaluation, self.any_word)
+            raise ValueError(f"{self.name} is written with the tokenizer of a base: call opened(folder) first.")
+        return words_of(self.folder, self.wording, self.of_evaluation, self.any_word)
 
     def length(self, distance: int, **difficulty: int) -> int:
         facts = self.completed(difficulty)["facts"]
-        return PROMPT_LENGTH + facts * 2 * NOTE_LENGTH + distance + BEFORE_LENGTH
+        return self.prompt_length + facts * 2 * NOTE.length + distance + self.wording.before_questions.length
+
+    @property
+    def most_names(self) -> int:
+        """The evaluation has so many names, and as many things."""
+        return min(len(words_in(words, held_out=True)) for words in (NAMES, THINGS))
 
     def kv_width(self, hidden_size: int) -> int:
         return 3 * 64  # heads of SmolLM2-135M
 
     def fault(self, given: dict[str, int]) -> str:
-        most = min(len(words_in(words, held_out=True)) for words in (NAMES, THINGS))
+        most = self.most_names
         return "" if 1 <= given["facts"] <= most else f"facts must be 1 to {most}"
 
     def possible_answers(self, given: dict[str, int]) -> int:
@@ -214,6 +260,7 @@ class Notes(Task):
 
     def write(self, size: int, generator: torch.Generator, given: dict[str, int]) -> Parts:
         words, facts = self.words, given["facts"]
+        (note,) = words.sentences
         gaps = dict(
             name=words.names[shuffled(size, len(words.names), generator, facts)],
             thing=words.things[shuffled(size, len(words.things), generator, facts)],
@@ -221,14 +268,23 @@ class Notes(Task):
             ones=words.digits[torch.randint(10, (size, facts), generator=generator)],
         )
         order = shuffled(size, facts, generator)
-        asked = words.note.filled(**{gap: tokens.gather(1, order) for gap, tokens in gaps.items()})
-        answers = torch.cat([torch.zeros(BEFORE_LENGTH, dtype=torch.bool), words.note.is_digit.repeat(facts)])
+        asked = note.filled(**{gap: tokens.gather(1, order) for gap, tokens in gaps.items()})
+        evidence = note.filled(**gaps).flatten(1)
+        return self.parts(evidence, torch.zeros(facts * NOTE.length, dtype=torch.bool), asked, note)
+
+    def parts(
+        self, evidence: torch.Tensor, evidence_answers: torch.Tensor, asked: torch.Tensor, sentence: Template
+    ) -> Parts:
+        """Questions are sentences, [N, questions, length]: their numbers are answers, and the first one is scored."""
+        size, questions, length = asked.shape
+        before = self.wording.before_questions.length
+        answers = torch.cat([torch.zeros(before, dtype=torch.bool), sentence.is_number.repeat(questions)])
         return Parts(
-            words.note.filled(**gaps).flatten(1),
-            torch.cat([words.before_questions.repeat(size, 1), asked.flatten(1)], 1),
-            torch.zeros(facts * NOTE_LENGTH, dtype=torch.bool),
+            evidence,
+            torch.cat([self.words.before_questions.repeat(size, 1), asked.flatten(1)], 1),
+            evidence_answers,
             answers,
-            answers & (torch.arange(len(answers)) < BEFORE_LENGTH + NOTE_LENGTH),
+            answers & (torch.arange(len(answers)) < before + length),
         )
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from arms import ARMS
-from notes import NOTE_LENGTH, Notes
+from notes import NOTE, Notes
 from peft_pte.encoder import Reading, read_layers
 from peft_pte_kernels import reference
 from training import Settings, adapted, share_of_rate
@@ -64,7 +64,7 @@ def collect(model: nn.Module, task: Notes, layers: list[int], count: int, seed: 
     stream = task.sample(count, TEXT, torch.Generator().manual_seed(seed))
     columns = stream.answers[0].nonzero()[:, 0]
     first = task.prompt_length
-    end = first + task.completed({})["facts"] * NOTE_LENGTH + TEXT
+    end = first + task.completed({})["facts"] * NOTE.length + TEXT
     with torch.no_grad():
         model(
             input_ids=stream.input_ids.to(model.device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ledger import Ledger
 from notes import Notes, NotesOfAnyWord
 from streams import Parts, SymbolTask, Task, every, pick, shuffled, symbols
 
@@ -279,5 +280,6 @@ TASKS: dict[str, Task] = {
         Rule110(),
         Notes(),
         NotesOfAnyWord(),
+        Ledger(),
     )
 }
