@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -13,7 +15,7 @@ from test_policy import Case, cases, left_padded, right_padded
 from test_training import assert_same, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pte import sequence_logprobs, sequence_loss
+from peft_pte import distillation_loss, sequence_logprobs, sequence_loss
 
 
 def expected_of(logits: torch.Tensor, ids: torch.Tensor, wanted: torch.Tensor, temperature: float) -> tuple:
@@ -122,6 +124,33 @@ def test_no_logits_of_a_whole_sequence() -> None:
     with patch("peft_pte.replay.heads.CHUNK_TOKENS", 100), LargestTensor() as largest:
         sequence_logprobs(model, ids, prompt_lengths=5)[0].sum().backward()
     assert 0 < largest.numel <= 100 * vocab < length * vocab / 4
+
+
+class BatchedProducts(TorchDispatchMode):
+    """Records the last dimension of batched products: one product for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.bmm.default:
+            self.widths.add(out.shape[-1])
+        return out
+
+
+@pytest.mark.parametrize("gradient", ["full", "truncated"])
+@pytest.mark.parametrize("function", [sequence_logprobs, distillation_loss])
+def test_the_head_is_one_product_for_all_rows(function: Callable[..., Any], gradient: str) -> None:
+    """One for each row copies the head's weight, in bfloat16 on a CPU, as often."""
+    vocab = 401
+    model = with_adapter(tiny_model("llama", torch.float32, vocab_size=vocab), window_size=8, gradient=gradient).train()
+    ids = torch.randint(3, vocab, (3, 40))
+    with patch("peft_pte.replay.heads.CHUNK_TOKENS", 15), BatchedProducts() as seen:
+        found = function(model, ids, prompt_lengths=5)
+        (found if function is distillation_loss else found[0].sum()).backward()
+    assert seen.widths and vocab not in seen.widths
 
 
 def test_bad_input() -> None:

@@ -37,7 +37,8 @@ class Arm:
     as many trained parameters as PTE has. `slower`: by how much the learning rate is smaller (below 1: larger), by a
     part of the parameters' names. `variant`: a change of the method that the package does not have, in force while the
     arm is trained and evaluated. `answer`: another way to read streams (baselines.py), in PTE's bytes: (model,
-    stream, length of the prompt, tokens that fit) -> NLL and correctness of what is scored.
+    stream, length of the prompt, tokens that fit) -> NLL and correctness of what is scored. `distilled`: learns without
+    labels from the base with its full cache, on all tokens after the first eviction, instead of from the answers.
     """
 
     adapter: str
@@ -48,6 +49,7 @@ class Arm:
     slower: dict[str, float] = field(default_factory=dict)
     variant: Callable[[], AbstractContextManager[None]] = nullcontext
     answer: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    distilled: bool = False
 
     @property
     def is_trained(self) -> bool:
@@ -120,6 +122,7 @@ CHECKPOINT: dict[str, Arm] = {
     ),
     "PTE, outputs of layers 14 to 23": replace(pte(**MIDDLE), scaling=12.0),
 }
+CHECKPOINT |= {f"{name}, distilled": replace(arm, distilled=True) for name, arm in CHECKPOINT.items()}
 # One choice changed at a time from the first design, whose tables are in results/first_design (`--first-design`).
 FIRST_DESIGN: dict[str, Arm] = {
     "PTE, sum, norm on read": before(state_update="sum", state_norm="read"),

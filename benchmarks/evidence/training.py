@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
 from baselines import slots
-from peft_pte import PTECache
+from peft_pte import PTECache, distillation_loss
 from peft_pte.cache.schedule import Schedule
 from shared import CapturedSteps, prepare
 from streams import Stream, SymbolTask, Task, answers
@@ -110,6 +110,13 @@ def loss_of_columns(
     options = dict(prompt_lengths=prompt_length) if windowed else {}
     logits = model(input_ids=input_ids, logits_to_keep=columns - 1, use_cache=False, **options).logits
     return answers(logits, input_ids, columns)[0].mean()
+
+
+def loss_of_step(model: torch.nn.Module, stream: Stream, prompt_length: int, arm: Arm) -> torch.Tensor:
+    """What a step of training makes smaller: see `Arm.distilled`."""
+    if arm.distilled:
+        return distillation_loss(model, stream.input_ids, prompt_lengths=prompt_length)
+    return loss_and_hits(model, stream, prompt_length, arm.windowed)[0]
 
 
 def new_base(task: SymbolTask, hidden_size: int) -> torch.nn.Module:
@@ -238,7 +245,7 @@ def share_of_rate(step: int, steps: int) -> float:
 def supervised(
     model: torch.nn.Module, settings: Settings, seed: int, arm: Arm, unfinished: Unfinished | None = None
 ) -> Iterator[Step]:
-    """Train what is trainable on the answers, step by step.
+    """Train what is trainable on the answers (or as `Arm.distilled` says), step by step.
 
     The data depend on the seed alone, and are the same for every arm.
     """
@@ -259,8 +266,8 @@ def supervised(
         steps = settings.trained_distance // settings.distance_step
         distance = settings.distance_step * int(torch.randint(steps + 1, (), generator=generator))
         stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
-        if captured is None:
-            loss, _, _ = loss_and_hits(model, stream, task.prompt_length, arm.windowed)
+        if captured is None or arm.distilled:
+            loss = loss_of_step(model, stream.to(model.device), task.prompt_length, arm)
             optimizer.zero_grad()
             loss.backward()
         else:
@@ -292,7 +299,7 @@ def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.M
 def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     arm, start = ARMS[name], time.time()
     model = adapted(arm, settings, seed)
-    identity = name, arm.settings, arm.rank, arm.scaling, arm.slower, seed, settings
+    identity = name, arm.settings, arm.rank, arm.scaling, arm.slower, arm.distilled, seed, settings
     unfinished = Unfinished.of(settings.unfinished, *identity) if settings.unfinished else None
     rows: list[dict[str, Any]] = unfinished.rows if unfinished else []
     steps: list[Step] = unfinished.steps if unfinished else []

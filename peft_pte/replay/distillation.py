@@ -41,7 +41,8 @@ Divergence = Literal["forward", "reverse", "mixed"]
 def log_distribution(top: nn.Module, hidden_states: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities [B, q, vocab] of all tokens after `hidden_states` [B, q, D], in float32 or float64."""
     logits = logits_of(top, hidden_states)
-    return (logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature).log_softmax(-1)
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

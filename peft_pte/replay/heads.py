@@ -89,12 +89,18 @@ current_hidden: ContextVar[torch.Tensor | None] = ContextVar("pte_hidden", defau
 wants_hidden: ContextVar[bool] = ContextVar("pte_wants_hidden", default=False)
 
 
+def packed(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Some columns of a sequence without its strides: to a layer without gradients, `torch.matmul` makes of those one
+    product a row, for which the CPU's bfloat16 kernel copies the head's weight once a row."""
+    return hidden_states.contiguous()
+
+
 def logits_of(top: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """The logits [B, q, vocab] that the language model makes of decoder outputs [B, q, D].
 
     Through the model's own forward, since families scale, cap or cast their logits in their own ways.
     """
-    token = current_hidden.set(hidden_states)
+    token = current_hidden.set(packed(hidden_states))
     try:
         ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
         return type(top).forward(top, input_ids=ids, use_cache=False, return_dict=True).logits
@@ -229,12 +235,12 @@ def as_output(hidden_states: torch.Tensor, results: Results, valid: torch.Tensor
     tokens here. `valid` [B, T]: where there is a token, None: everywhere.
     """
     first, second = (at_tokens(result, valid) for result in results)
-    return DecoderOutput(last_hidden_state=hidden_states[:, :1], hidden_states=(first, second))
+    return DecoderOutput(last_hidden_state=packed(hidden_states[:, :1]), hidden_states=(first, second))
 
 
 def as_hidden(hidden_states: torch.Tensor) -> BaseModelOutputWithPast:
     """A decoder output that carries all hidden states [B, T, D] through the top model, whose head sees one column."""
-    return DecoderOutput(last_hidden_state=hidden_states[:, :1], hidden_states=(hidden_states,))
+    return DecoderOutput(last_hidden_state=packed(hidden_states[:, :1]), hidden_states=(hidden_states,))
 
 
 def sequence_logprobs(
