@@ -16,6 +16,7 @@ from .layer import Linear, PTELayer  # noqa: E402
 from .model import PTEModel  # noqa: E402
 from .replay.distillation import distillation_loss, sequence_divergence  # noqa: E402
 from .replay.heads import sequence_logprobs, sequence_loss  # noqa: E402
+from .replay.transfer import attention_loss, record_attention  # noqa: E402
 from .static import export_lora  # noqa: E402
 
 __version__ = "0.1.0"
@@ -27,8 +28,10 @@ __all__ = [
     "PTELayer",
     "PTEModel",
     "ThoughtEncoder",
+    "attention_loss",
     "distillation_loss",
     "export_lora",
+    "record_attention",
     "sequence_divergence",
     "sequence_logprobs",
     "sequence_loss",

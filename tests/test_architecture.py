@@ -35,6 +35,7 @@ ROOMS = {
         ["layout", "heads", "checkpointing", "__init__"],
         ["segments"],
         ["truncated", "distillation"],
+        ["transfer"],
         ["replay"],
     ],
     "hooks": [

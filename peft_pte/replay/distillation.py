@@ -102,14 +102,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(is_trained)
 
 
-def teacher_states(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The last hidden states of the base model with its full cache, [B, T, D] in its dtype, without gradients.
+def base_in_front(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The last hidden states [B, T, D] of `teacher_states`, and in which order tokens were (None: as they are).
 
     One forward of the decoder with the adapter off, without a cache and without a mask: tokens move to the front of
-    their rows, where no token sees the padding behind it, and a mask of [T, T] would be larger than all else. Arguments
-    as `sequence_divergence`; on padding the result means nothing.
+    their rows, where no token sees the padding behind it, and a mask of [T, T] would be larger than all else.
     """
     order = None
     if attention_mask is not None and not bool(attention_mask.all()):
@@ -122,7 +121,17 @@ def teacher_states(
             output = model(input_ids=input_ids, use_cache=False, return_dict=True)
     finally:
         wants_hidden.reset(token)
-    hidden_states = output.hidden_states[0]
+    return output.hidden_states[0], order
+
+
+def teacher_states(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The last hidden states of the base model with its full cache, [B, T, D] in its dtype, without gradients.
+
+    Arguments as `sequence_divergence`; on padding the result means nothing.
+    """
+    hidden_states, order = base_in_front(model, input_ids, attention_mask)
     return hidden_states if order is None else gathered(hidden_states, order.argsort(dim=1))
 
 

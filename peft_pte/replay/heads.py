@@ -183,8 +183,11 @@ class Scoring:
 
     def of_segment(self, start: int, end: int) -> SegmentHead:
         span = span_of(self.needed_by_any[start:end])
-        columns = slice(start, end)
-        return functools.partial(self.head, targets=self.targets[:, columns], needed=self.needed[:, columns], span=span)
+        return functools.partial(self.head, **self.about(start, end), span=span)
+
+    def about(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """`targets` and `needed` of a segment."""
+        return dict(targets=self.targets[:, start:end], needed=self.needed[:, start:end])
 
     def of_nothing(self) -> SegmentHead:
         """For a segment of one token in one row whose results are not needed."""

@@ -34,6 +34,7 @@ from .segments import (
     run_checkpointed,
     run_segment,
 )
+from .transfer import TransferHead
 from .truncated import TruncatedReplay, is_sharded
 
 # Where segments are recomputed, the first one (prompt and window) is computed in pieces of the later segments' length,
@@ -102,10 +103,14 @@ class Replay:
             attention_mask=mask,
             position_ids=self.positions[:, start:end],
         )
-        head = None if self.scoring is None else self.scoring.of_segment(start, end)
+        head, forward = None, self.forward
+        if self.scoring is not None:
+            head = self.scoring.of_segment(start, end)
+            if isinstance(self.scoring.head, TransferHead):
+                forward, head = self.scoring.head.alone(self.decoder, forward, **self.scoring.about(start, end))
         seen = [(layer.prefix + layer.thoughts, layer.cores) for layer in past]
         run = run_checkpointed if checkpointed else run_segment
-        output, new, cores = run(self.decoder, self.forward, head, seen, gone, stacks, start, kwargs)
+        output, new, cores = run(self.decoder, forward, head, seen, gone, stacks, start, kwargs)
         for layer, (keys, values), new_cores in zip(past, new, cores):
             layer.add(keys, values, start, prefix, self.schedule.num_evicted)
             layer.cores = {name: Stored(core) for name, core in new_cores.items()}

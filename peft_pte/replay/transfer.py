@@ -1,0 +1,234 @@
+"""Attention transfer: each layer learns alone what its attention would have said of the thoughts that have left.
+
+The base model runs once, with its full cache; what goes into every attention module and what comes out is recorded.
+Then each adapted layer computes its attention under the window, with its states, from the recorded input, and is
+compared with the recorded output. Nothing else runs and nothing is propagated through other layers: a step costs a part
+of a forward, and a layer has a target of its own for every token. So linear attention has been made of softmax
+attention (LoLCATs, Zhang et al. 2024, arXiv 2410.10254); here it is made of what the window leaves out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..compiling import layers_uncompiled
+from ..encoder import ENCODER_NAME, state_dtype
+from ..host import cache_in
+from ..layer import is_sharded_tensor
+from . import segments
+from .distillation import base_in_front, compared_columns, policy_of
+from .heads import Results, SegmentHead, Task, asked, at_tokens, attachment_in, divided
+from .layout import gathered
+
+Forward = Callable[..., BaseModelOutputWithPast]
+
+
+def adapted_attentions(decoder: nn.Module) -> dict[int, nn.Module]:
+    """By layer, the attention modules that have an active adapter, also if adapters are switched off."""
+    found = {}
+    for index, layer in enumerate(decoder.layers):
+        for module in layer.children():
+            encoder = getattr(module, ENCODER_NAME, None)
+            if encoder is not None and any(map(encoder.has_adapter, encoder.active_adapters)):
+                found[index] = module
+    return found
+
+
+@contextlib.contextmanager
+def forwards_replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules call these instead of their own forward, in this call of the model."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = own
+
+
+class LayersAlone:
+    """In one segment, in place of the decoder's layers: attention modules on their recorded inputs.
+
+    `record`: [B, q, layers, 2, D] of the segment; `scales`: [layers], by which mean squares are divided.
+    """
+
+    def __init__(self, decoder: nn.Module, record: torch.Tensor, needed: torch.Tensor, scales: torch.Tensor):
+        self.decoder, self.record, self.needed, self.scales = decoder, record, needed, scales
+        self.attentions = adapted_attentions(decoder)
+        self.errors: list[torch.Tensor] = []
+
+    def forward(self, original: Forward, **kwargs: Any) -> BaseModelOutputWithPast:
+        """The decoder's forward, whose layers do nothing but note errors; again in a recomputation."""
+        self.errors = []
+        places = {index: place for place, index in enumerate(self.attentions)}
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            layer: functools.partial(self.attend, layer, places[index])
+            if index in places
+            else functools.partial(self.pass_by, index)
+            for index, layer in enumerate(self.decoder.layers)
+        }
+        with layers_uncompiled(self.decoder), forwards_replaced(forwards):
+            return original(**kwargs)
+
+    def attend(
+        self, layer: nn.Module, place: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """A layer's forward: its attention, with the arguments that the layer hands on."""
+        names = list(inspect.signature(type(layer).forward).parameters)[2:]
+        index = list(self.attentions)[place]
+        given, wanted = (x.to(hidden_states) for x in self.record[:, :, place].unbind(2))
+        found = self.attentions[index](hidden_states=given, **dict(zip(names, args)), **kwargs)[0]
+        dtype = state_dtype(found)
+        squares = (found.to(dtype) - wanted.to(dtype)).square().mean(-1)
+        self.errors.append(squares / self.scales[place].to(squares))
+        return hidden_states
+
+    def pass_by(self, index: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The forward of a layer that is not adapted; the replay wants keys and values, which nobody reads."""
+        cache = cache_in(kwargs)
+        if cache is None:
+            raise RuntimeError(f"Layer {index} was called without the cache of the replay.")
+        nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        cache.update(nothing, nothing, index)
+        return hidden_states
+
+    def head(self, hidden_states: torch.Tensor) -> Results:
+        """The mean error of the layers, [B, q], with a gradient and without."""
+        error = torch.stack(self.errors).mean(0).masked_fill(~self.needed, 0)
+        self.errors = []
+        return error, error.detach()
+
+
+@dataclass(frozen=True)
+class TransferHead:
+    """Errors of attention modules alone, from the record [B, T, layers, 2, D]; `needed` [B, T]."""
+
+    record: torch.Tensor
+    needed: torch.Tensor
+    scales: torch.Tensor
+    bounds_base: ClassVar[bool] = True
+
+    def task(self, top: nn.Module, ids: torch.Tensor, valid: torch.Tensor, border: torch.Tensor | None) -> Task:
+        return Task(self, self.record, self.needed)
+
+    def alone(
+        self, decoder: nn.Module, forward: Forward, targets: torch.Tensor, needed: torch.Tensor
+    ) -> tuple[Forward, SegmentHead]:
+        """A segment's forward and head."""
+        layers = LayersAlone(decoder, targets, needed, self.scales)
+        return functools.partial(layers.forward, forward), layers.head
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Results:
+        raise RuntimeError("Attention transfer is computed segment by segment: the model has no active PTE adapter.")
+
+
+def record_attention(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What goes into the adapted attention modules of the base model with its full cache, and what comes out.
+
+    Args:
+        model: a model with a PTE adapter, wrapped (PEFT, DDP) or not. No other thread may use it meanwhile.
+        input_ids: [B, T]. attention_mask: [B, T], 1 for tokens; None: all are tokens.
+
+    Returns:
+        [B, T, adapted layers, 2, D] in the model's dtype, without gradients; on padding it means nothing. Large:
+        4 D bytes for each token and layer in half precision.
+
+    Raises:
+        ValueError: the model has no PTE adapter.
+    """
+    attentions = adapted_attentions(attachment_in(model).decoder)
+    record: list[torch.Tensor] = []
+
+    def note(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        record.append(torch.stack([given, output[0]], 2))
+
+    handles = [attention.register_forward_hook(note, with_kwargs=True) for attention in attentions.values()]
+    try:
+        _, order = base_in_front(model, input_ids, attention_mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not record:
+        raise ValueError("`model` has no active PTE adapter: choose one with `set_adapter`.")
+    found = torch.stack(record, 2)
+    return found if order is None else gathered(found, order.argsort(dim=1))
+
+
+def attention_loss(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    prompt_lengths: Any = None,
+    only_after_eviction: bool = True,
+    record: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """How far each adapted layer's attention under the window is from that of the base with its full cache.
+
+    The mean, over adapted layers and tokens, of |y - y_base|^2 by the mean |y_base|^2 of the layer in this batch: y is
+    what the attention module gives under the bounded cache (Eq. 1) with its states, for the input that the base model
+    gives it; zero is a perfect memory. Layers learn at the same time and independently of each other.
+
+    It needs neither labels nor rewards, and no backward pass through the model. A step costs the base's forward once
+    for each batch (`record`, which several steps may share), and the attention modules forward and backward: a small
+    part of what `distillation_loss` costs. What it does not see is that layers of the student get inputs that other
+    layers have changed; so it is a start, before `distillation_loss`, labels or GRPO.
+
+    With the adapter off (`with model.disable_adapter():`) it is the error of the base model under the adapter's window.
+
+    Args:
+        model: a model with a PTE adapter, wrapped (PEFT, DDP) or not. No other thread may use it meanwhile.
+        input_ids: [B, T], in any layout. attention_mask: [B, T], 1 for tokens; None: all are tokens.
+        prompt_lengths: [B] or int, as of `distillation_loss`.
+        only_after_eviction: compare only tokens that are computed when thoughts have left.
+        record: `record_attention(model, input_ids, attention_mask)`, if that is there already.
+        num_items_in_batch: the sum over tokens is divided by it; None: by the number of tokens that are compared.
+
+    Returns:
+        The loss, a scalar in float32 (float64 in float64 models); zero, with zero gradients, where nothing is compared.
+
+    Raises:
+        ValueError: the model has no PTE adapter, its parameters are sharded (FSDP, ZeRO-3), `record` has another shape,
+            the prompts are not known, or as the model's forward.
+    """
+    decoder = attachment_in(model).decoder
+    if any(map(is_sharded_tensor, decoder.parameters())):
+        raise ValueError(
+            "`attention_loss` runs attention modules alone, but the model's parameters are sharded (FSDP, ZeRO-3), and "
+            "gathered only when whole layers run. Use DDP or one process, or `distillation_loss`."
+        )
+    needed = compared_columns(model, input_ids, attention_mask, prompt_lengths, only_after_eviction)
+    if record is None:
+        record = record_attention(model, input_ids, attention_mask)
+    expected = (*input_ids.shape, len(adapted_attentions(decoder)), 2)
+    if record.ndim != 5 or record.shape[:4] != expected:
+        raise ValueError(
+            f"`record` has shape {tuple(record.shape)}, but must be {[*expected, 'hidden size']}: what "
+            "`record_attention` gives for the same batch and adapter."
+        )
+    compared = needed.to(record.device)
+    wanted = record[..., 1, :]
+    squares = wanted.to(state_dtype(wanted)).square().mean(-1) * compared[..., None]
+    scales = (squares.sum((0, 1)) / compared.sum().clamp(min=1)).clamp(min=torch.finfo(squares.dtype).tiny)
+    policy = policy_of(model)
+    if torch.is_grad_enabled() and (policy.offload or policy.gradient == "truncated"):
+        record = segments.host_copy(record)
+    values, _ = asked(model, TransferHead(record, needed, scales), input_ids, attention_mask, prompt_lengths)
+    valid = torch.ones_like(needed) if attention_mask is None else attention_mask.to(needed.device).bool()
+    return divided(values.sum(), at_tokens(needed, valid), num_items_in_batch)
