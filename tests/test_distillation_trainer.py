@@ -16,7 +16,7 @@ from peft import PeftModel
 from processes import TIMEOUT, start
 from test_trl import tokenizer
 
-from peft_pte import distillation_loss, window
+from peft_pte import attention_loss, distillation_loss, window
 from peft_pte.trainers import rows
 from peft_pte.trainers.distillation import PTEDistillationConfig, PTEDistillationTrainer
 from peft_pte.trainers.rows import Completions, Row, append_lines, read_lines, row_of
@@ -119,6 +119,25 @@ def test_the_loss_is_that_of_the_function(tmp_path: Path) -> None:
     with window(run.model, 4):
         expected = distillation_loss(run.model, *batch.values(), "reverse", 2.0, False)
     torch.testing.assert_close(found, expected)
+
+
+def test_first_steps_may_be_attention_transfer(tmp_path: Path) -> None:
+    """Their loss is that of the function, and what is learned makes the divergence smaller."""
+    options = dict(attention_steps=20, max_steps=22, learning_rate=3e-3, window_sizes=[4, 4], train=TEXTS[:4])
+    run = trainer(tmp_path, model=model_of(pte_dropout=0.0), **options)
+    batch = run.data_collator([run.train_dataset[i] for i in range(4)])
+    with window(run.model, 4):
+        expected = attention_loss(run.model, *batch.values())
+    torch.testing.assert_close(run.compute_loss(run.model.train(), batch), expected)
+    run = trainer(tmp_path, model=model_of(pte_dropout=0.0), **options)
+    before = run.evaluate()["eval_kl"]
+    run.train()
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    for entry in entries[:20]:
+        assert entry["attention_error"] == pytest.approx(entry["loss"], rel=1e-4) and "kl" not in entry
+    assert entries[0]["loss"] == pytest.approx(expected.item(), rel=1e-4) and entries[19]["loss"] < entries[0]["loss"]
+    assert "attention_error" not in entries[20] and entries[20]["kl"] < entries[20]["kl_windowed_base"]
+    assert run.evaluate()["eval_kl"] < before
 
 
 def test_rows_of_all_kinds() -> None:

@@ -29,6 +29,7 @@ from ..replay.distillation import (
 )
 from ..replay.heads import attachment_in
 from ..replay.segments import Watch, watched
+from ..replay.transfer import attention_loss
 from .checkpoints import AtomicCheckpoints
 from .rows import Completions, Row, row_of
 
@@ -46,6 +47,9 @@ class PTEDistillationConfig(TrainingArguments):
         divergence (`"forward"`, `"reverse"` or `"mixed"`): As in `peft_pte.sequence_divergence`.
         temperature (`float`): The logits of both sides are divided by it.
         only_after_eviction (`bool`): Learn only from tokens that are predicted when thoughts have left.
+        attention_steps (`int`):
+            So many first steps learn by `peft_pte.attention_loss`: each layer alone, from what the base's attention
+            gives. They cost a part of the others, and need no backward pass through the model.
         max_length (`int`, *optional*): Rows are cut off after so many tokens, the prompt included.
         text_prompt_tokens (`int`):
             So many first tokens of a row of plain text count as its prompt, which never leaves: attention needs a few
@@ -61,6 +65,7 @@ class PTEDistillationConfig(TrainingArguments):
     divergence: str = field(default="forward", metadata={"help": "'forward', 'reverse' or 'mixed'."})
     temperature: float = field(default=1.0, metadata={"help": "The logits of both sides are divided by it."})
     only_after_eviction: bool = field(default=True, metadata={"help": "Learn only where thoughts have left."})
+    attention_steps: int = field(default=0, metadata={"help": "First steps, in which each layer learns alone."})
     max_length: int | None = field(default=None, metadata={"help": "Rows are cut off after so many tokens."})
     text_prompt_tokens: int = field(default=4, metadata={"help": "First tokens of plain text that never leave."})
     completions_file: str | None = field(default=None, metadata={"help": "Where completions of prompts are kept."})
@@ -84,7 +89,10 @@ class PTEDistillationConfig(TrainingArguments):
             refuse("divergence", f"one of {', '.join(map(repr, get_args(Divergence)))}")
         if not self.temperature > 0:
             refuse("temperature", "a positive number")
-        for name, least in dict(text_prompt_tokens=0, max_new_tokens=1, generation_batch_size=1, max_length=2).items():
+        least_of = dict(
+            text_prompt_tokens=0, max_new_tokens=1, generation_batch_size=1, max_length=2, attention_steps=0
+        )
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 refuse(name, f"an integer >= {least}")
@@ -131,7 +139,8 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
     Logged, beside the loss: `kl`, KL(teacher || student) a token; on the steps that log, `kl_windowed_base`, the same
     of the base model under the same window, and `gap_closed`, 1 - kl / kl_windowed_base of these batches; `evictions` a
     row, `state_norm` (Frobenius, of the last states, the mean over layers and rows) and `window`. An evaluation logs
-    them too, under the configuration's window.
+    them too, under the configuration's window. In the first `attention_steps` there is `attention_error` instead, which
+    is the loss.
 
     Checkpoints are complete or not there (`AtomicCheckpoints`), and resuming draws the windows that would have come.
 
@@ -262,15 +271,25 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The divergence, and what is logged of it."""
+        """The divergence, or in the first `attention_steps` the error of attention; and what is logged of it."""
         ids, mask, lengths = inputs["input_ids"], inputs["attention_mask"], inputs["prompt_lengths"]
         args, is_training = self.args, model.training
+        processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1
+        sums = self._sums[is_training]
+        if is_training and self.state.global_step < args.attention_steps:
+            with self._drawn_window(model):
+                total = attention_loss(model, ids, mask, lengths, args.only_after_eviction, num_items_in_batch=1)
+                count = self._columns(inputs).sum()
+            note(sums, "attention_error", total, count)
+            loss = (
+                total * processes / num_items_in_batch if num_items_in_batch is not None else total / count.clamp(min=1)
+            )
+            return (loss, {}) if return_outputs else loss
 
         def divergence(teacher: torch.Tensor) -> Divergences:
             options = args.divergence, args.temperature, args.only_after_eviction
             return sequence_divergence(model, ids, mask, lengths, *options, teacher=teacher)
 
-        sums = self._sums[is_training]
         with self._drawn_window(model) if is_training else contextlib.nullcontext():
             teacher = teacher_states(model, ids, mask)
             if is_training and not self._logs_next():
@@ -285,7 +304,6 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
         if num_items_in_batch is None:
             loss = found.values.sum() / found.counted.sum().clamp(min=1)
         else:
-            processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1
             loss = found.values.sum() * processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
 
