@@ -141,6 +141,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config", type=field_of_config, nargs="+", default=[], metavar="NAME=VALUE", help="fields of PTEConfig")
     add("--gradient", choices=["full", "truncated"], default="full", help="truncated: constant memory")
     add("--steps", type=int, default=1000)
+    add("--attention-steps", type=int, default=0, help="of them the first ones, in which each layer learns alone")
     add("--batch-size", type=int, default=8, help="rows a step, for each process")
     add("--learning-rate", type=float, default=1e-3)
     add("--max-length", type=int, default=4096, help="rows are cut off after so many tokens")
@@ -197,6 +198,7 @@ def make_trainer(options: argparse.Namespace, rows: list[Row]) -> PTEDistillatio
         warmup_steps=options.steps // 20,
         per_device_train_batch_size=options.batch_size,
         max_steps=options.steps,
+        attention_steps=options.attention_steps,
         logging_steps=max(1, options.steps // 10),  # such a step asks the windowed base, too
         save_steps=options.save_steps,
         save_total_limit=2,
