@@ -20,8 +20,9 @@ import notes
 from arms import ARMS
 from ledger import Ledger
 from notes import Notes
+from peft_pte import attention_loss
 from tasks import TASKS
-from training import Settings, adapted, run_arm
+from training import Settings, adapted, run_arm, supervised
 
 OTHERS = "Berlin Monday Wave river cloud spark"
 SMALL = "number of is has gets loses and"
@@ -205,6 +206,28 @@ def test_adapters_are_float32_over_a_bfloat16_base(folder: Path) -> None:
         model = adapted(ARMS[arm], settings, seed=0)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         assert {p.dtype for p in model.parameters() if not p.requires_grad} >= {torch.bfloat16}
+
+
+def test_attention_transfer_comes_before_the_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes the error of attention smaller on other streams, too; training without labels runs after it."""
+    few = dict(steps=1, batch_size=4, trained_distance=8, distances=(0, 20), num_evaluated=4, learning_rate=1e-3)
+    settings = replace(Settings.of("notes", folder), **few)
+    arm = replace(ARMS["PTE"], transfer=6, distilled=True)
+    stream = settings.held_out(20)
+    errors, losses = [], []
+
+    def error(model: torch.nn.Module) -> float:
+        return attention_loss(model, stream.input_ids, prompt_lengths=settings.streams.prompt_length).item()
+
+    model = adapted(arm, settings, seed=0)
+    errors.append(error(model))
+    for step in supervised(model, settings, 0, arm):
+        losses.append(step.loss)
+        errors.append(error(model))
+    assert len(losses) == 1 and errors[1] < 0.97 * errors[0]
+    monkeypatch.setitem(ARMS, "PTE", arm)
+    rows = run_arm("PTE", 0, settings)
+    assert rows[-1]["train_loss"] == pytest.approx(losses[0], abs=1e-3)
 
 
 def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Arm:
     arm is trained and evaluated. `answer`: another way to read streams (baselines.py), in PTE's bytes: (model,
     stream, length of the prompt, tokens that fit) -> NLL and correctness of what is scored. `distilled`: learns without
     labels from the base with its full cache, on all tokens after the first eviction, instead of from the answers.
+    `transfer`: before that, so many batches of attention transfer, which knows no labels either.
     """
 
     adapter: str
@@ -50,6 +51,7 @@ class Arm:
     variant: Callable[[], AbstractContextManager[None]] = nullcontext
     answer: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     distilled: bool = False
+    transfer: int = 0
 
     @property
     def is_trained(self) -> bool:
@@ -122,7 +124,15 @@ CHECKPOINT: dict[str, Arm] = {
     ),
     "PTE, outputs of layers 14 to 23": replace(pte(**MIDDLE), scaling=12.0),
 }
-CHECKPOINT |= {f"{name}, distilled": replace(arm, distilled=True) for name, arm in CHECKPOINT.items()}
+CHECKPOINT |= {
+    f"{name}, {how}": replace(arm, **changes)
+    for name, arm in CHECKPOINT.items()
+    for how, changes in {
+        "distilled": dict(distilled=True),
+        "attention transfer": dict(transfer=192),
+        "attention transfer, distilled": dict(transfer=192, distilled=True),
+    }.items()
+}
 # One choice changed at a time from the first design, whose tables are in results/first_design (`--first-design`).
 FIRST_DESIGN: dict[str, Arm] = {
     "PTE, sum, norm on read": before(state_update="sum", state_norm="read"),

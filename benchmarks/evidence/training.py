@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
 from baselines import slots
-from peft_pte import PTECache, distillation_loss
+from peft_pte import PTECache, attention_loss, distillation_loss, record_attention
 from peft_pte.cache.schedule import Schedule
 from shared import CapturedSteps, prepare
 from streams import Stream, SymbolTask, Task, answers
 from tasks import TASKS
 from unfinished import Step, Unfinished
+
+TRANSFER_STEPS, TRANSFER_RATE = 4, 3e-3  # on each batch of attention transfer; the learning rate
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,31 @@ def loss_of_columns(
     options = dict(prompt_lengths=prompt_length) if windowed else {}
     logits = model(input_ids=input_ids, logits_to_keep=columns - 1, use_cache=False, **options).logits
     return answers(logits, input_ids, columns)[0].mean()
+
+
+def transfer(model: torch.nn.Module, settings: Settings, seed: int, num_batches: int) -> None:
+    """Each layer alone learns what attention to thoughts that have left gave: some steps on each of the batches.
+
+    Of the streams' distribution, but others than those of the training that follows.
+    """
+    task, generator = settings.streams, torch.Generator().manual_seed(2_000_000 + seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, steps = torch.optim.AdamW(parameters, weight_decay=0.0), num_batches * TRANSFER_STEPS
+    for step in range(steps):
+        if step % TRANSFER_STEPS == 0:
+            distance = settings.distance_step * int(
+                torch.randint(settings.trained_distance // settings.distance_step + 1, (), generator=generator)
+            )
+            stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
+            ids = stream.input_ids.to(model.device)
+            record = record_attention(model, ids)
+        for group in optimizer.param_groups:
+            group["lr"] = TRANSFER_RATE * share_of_rate(step, steps)
+        loss = attention_loss(model, ids, prompt_lengths=task.prompt_length, record=record)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
 
 
 def loss_of_step(model: torch.nn.Module, stream: Stream, prompt_length: int, arm: Arm) -> torch.Tensor:
@@ -257,6 +284,8 @@ def supervised(
     parameters = [parameter for group in by_pace.values() for parameter in group]
     optimizer = torch.optim.AdamW([dict(params=p, slower=x) for x, p in by_pace.items()], weight_decay=0.0)
     done = unfinished.load(parameters, optimizer, generator) if unfinished else 0
+    if arm.transfer and not done:
+        transfer(model.train(), settings, seed, arm.transfer)
     captured = CapturedSteps(parameters) if settings.graphs else None
     for step in range(done, settings.steps):
         model.train()
@@ -299,7 +328,7 @@ def adapted(arm: Arm, settings: Settings, seed: int, **cache: Any) -> torch.nn.M
 def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     arm, start = ARMS[name], time.time()
     model = adapted(arm, settings, seed)
-    identity = name, arm.settings, arm.rank, arm.scaling, arm.slower, arm.distilled, seed, settings
+    identity = name, arm.settings, arm.rank, arm.scaling, arm.slower, arm.distilled, arm.transfer, seed, settings
     unfinished = Unfinished.of(settings.unfinished, *identity) if settings.unfinished else None
     rows: list[dict[str, Any]] = unfinished.rows if unfinished else []
     steps: list[Step] = unfinished.steps if unfinished else []
