@@ -14,8 +14,9 @@ from processes import group
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from peft_pte import distillation_loss, sequence_logprobs
+from peft_pte import attention_loss, distillation_loss, sequence_logprobs
 
+LOSSES = dict(distillation=distillation_loss, attention=attention_loss)
 Rows = list[tuple[int, int]]  # tokens of the prompt and of the whole row, for each row
 
 
@@ -51,9 +52,9 @@ def loss_of(model: nn.Module, rows: Rows, case: Case) -> torch.Tensor:
     if case.loss == "labels":
         return model(**inputs, num_items_in_batch=total).loss
     del inputs["labels"]
-    if case.loss == "distillation":
+    if case.loss in LOSSES:
         starts = torch.tensor([start for start, _ in rows])
-        return distillation_loss(model, **inputs, prompt_lengths=starts, num_items_in_batch=total)
+        return LOSSES[case.loss](model, **inputs, prompt_lengths=starts, num_items_in_batch=total)
     logprobs, _ = sequence_logprobs(model, **inputs, prompt_lengths=torch.tensor([start for start, _ in rows]))
     return -logprobs.sum() / total
 

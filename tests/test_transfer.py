@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from distributed_jobs import Case as Step
+from distributed_jobs import build, loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, RELATIVES, tiny_model, with_adapter
 from test_distillation import columns_of_prompts, counted_tokens
+from test_distributed import LONG, SHORT, run
 from test_policy import Case, cases, left_padded, right_padded
 from test_training import assert_same, gradients
 from torch import nn
@@ -189,3 +193,17 @@ def test_bad_input() -> None:
     sharded = patch("peft_pte.replay.transfer.is_sharded_tensor", return_value=True)
     with sharded, pytest.raises(ValueError, match="parameters are sharded"):
         attention_loss(model, IDS, prompt_lengths=5)
+
+
+def test_two_processes_have_the_gradients_of_their_rows(tmp_path: Path) -> None:
+    """Under DDP, whatever the ranks' numbers of segments: each rank's errors are by its own rows' mean squares."""
+    step = Step([[LONG], [SHORT]], "attention", False, dict(gradient="truncated"))
+    model = build(step)
+    loss = sum(loss_of(model, rows, step) for of_rank in step.rows for rows in of_rank)
+    whole = gradients(model, loss)
+    (ranks,) = run("ddp", [step], tmp_path)
+    for found in ranks:
+        assert abs(found.pop("loss") - loss) <= 1e-10 * loss
+        for name in found.keys() - whole.keys():
+            assert not found.pop(name).any()
+        assert_same(found, whole)

@@ -170,6 +170,14 @@ def record_attention(
     return found if order is None else gathered(found, order.argsort(dim=1))
 
 
+def mean_squares(outputs: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
+    """Of each layer's outputs [B, T, layers, D], over the tokens that are compared [B, T] (bool): [layers]."""
+    dtype, count = state_dtype(outputs), compared.sum().clamp(min=1)
+    # Layer by layer, since a copy in float32 of all of them would be twice as large as the record.
+    sums = [(of_layer.to(dtype).square().mean(-1) * compared).sum() for of_layer in outputs.unbind(2)]
+    return (torch.stack(sums) / count).clamp(min=torch.finfo(dtype).tiny)
+
+
 def attention_loss(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -222,10 +230,7 @@ def attention_loss(
             f"`record` has shape {tuple(record.shape)}, but must be {[*expected, 'hidden size']}: what "
             "`record_attention` gives for the same batch and adapter."
         )
-    compared = needed.to(record.device)
-    wanted = record[..., 1, :]
-    squares = wanted.to(state_dtype(wanted)).square().mean(-1) * compared[..., None]
-    scales = (squares.sum((0, 1)) / compared.sum().clamp(min=1)).clamp(min=torch.finfo(squares.dtype).tiny)
+    scales = mean_squares(record[..., 1, :], needed.to(record.device))
     policy = policy_of(model)
     if torch.is_grad_enabled() and (policy.offload or policy.gradient == "truncated"):
         record = segments.host_copy(record)
