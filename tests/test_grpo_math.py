@@ -215,6 +215,6 @@ def test_distilled_start(example: ModuleType, tmp_path: Path, arm: str) -> None:
     assert abs(float((-taken - entropy)[thoughts].mean())) < 0.05  # drawn from the base's distribution
     with torch.no_grad():
         before = float(tiny_chains.distillation_loss(model, **batch))
-    tiny_chains.distilled_start(model, tokenizer, 8, seed=1)
+    tiny_chains.distilled_start(model, tokenizer, 16, seed=1)
     with torch.no_grad():
         assert float(tiny_chains.distillation_loss(model.eval(), **batch)) < 0.95 * before
