@@ -81,6 +81,12 @@ class Settings:
         """A quarter of the streams."""
         return replace(self, num_evaluated=self.num_evaluated // 4)
 
+    def batch(self, generator: torch.Generator) -> Stream:
+        """Streams to train on, at one of the trained distances."""
+        steps = self.trained_distance // self.distance_step
+        distance = self.distance_step * int(torch.randint(steps + 1, (), generator=generator))
+        return self.streams.sample(self.batch_size, distance, generator, **dict(self.difficulty))
+
     def held_out(self, distance: int) -> Stream:
         """The streams of the evaluation, which no training has seen: training counts its seeds from 0."""
         generator = torch.Generator().manual_seed(1_000_000 + distance)
@@ -124,11 +130,7 @@ def transfer(model: torch.nn.Module, settings: Settings, seed: int, num_batches:
     optimizer, steps = torch.optim.AdamW(parameters, weight_decay=0.0), num_batches * TRANSFER_STEPS
     for step in range(steps):
         if step % TRANSFER_STEPS == 0:
-            distance = settings.distance_step * int(
-                torch.randint(settings.trained_distance // settings.distance_step + 1, (), generator=generator)
-            )
-            stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
-            ids = stream.input_ids.to(model.device)
+            ids = settings.batch(generator).input_ids.to(model.device)
             record = record_attention(model, ids)
         for group in optimizer.param_groups:
             group["lr"] = TRANSFER_RATE * share_of_rate(step, steps)
@@ -292,9 +294,7 @@ def supervised(
         for group in optimizer.param_groups:
             rate = settings.learning_rate * settings.pace
             group["lr"] = rate * share_of_rate(step, settings.steps) / group["slower"]
-        steps = settings.trained_distance // settings.distance_step
-        distance = settings.distance_step * int(torch.randint(steps + 1, (), generator=generator))
-        stream = task.sample(settings.batch_size, distance, generator, **dict(settings.difficulty))
+        stream = settings.batch(generator)
         if captured is None or arm.distilled:
             loss = loss_of_step(model, stream.to(model.device), task.prompt_length, arm)
             optimizer.zero_grad()

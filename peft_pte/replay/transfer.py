@@ -73,24 +73,28 @@ class LayersAlone:
     def forward(self, original: Forward, **kwargs: Any) -> BaseModelOutputWithPast:
         """The decoder's forward, whose layers do nothing but note errors; again in a recomputation."""
         self.errors = []
-        places = {index: place for place, index in enumerate(self.attentions)}
         forwards: dict[nn.Module, Callable[..., Any]] = {
-            layer: functools.partial(self.attend, layer, places[index])
-            if index in places
-            else functools.partial(self.pass_by, index)
-            for index, layer in enumerate(self.decoder.layers)
+            layer: functools.partial(self.pass_by, index) for index, layer in enumerate(self.decoder.layers)
         }
+        for place, (index, attention) in enumerate(self.attentions.items()):
+            layer = self.decoder.layers[index]
+            forwards[layer] = functools.partial(self.attend, layer, attention, place)
         with layers_uncompiled(self.decoder), forwards_replaced(forwards):
             return original(**kwargs)
 
     def attend(
-        self, layer: nn.Module, place: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        layer: nn.Module,
+        attention: nn.Module,
+        place: int,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """A layer's forward: its attention, with the arguments that the layer hands on."""
         names = list(inspect.signature(type(layer).forward).parameters)[2:]
-        index = list(self.attentions)[place]
         given, wanted = (x.to(hidden_states) for x in self.record[:, :, place].unbind(2))
-        found = self.attentions[index](hidden_states=given, **dict(zip(names, args)), **kwargs)[0]
+        found = attention(hidden_states=given, **dict(zip(names, args)), **kwargs)[0]
         dtype = state_dtype(found)
         squares = (found.to(dtype) - wanted.to(dtype)).square().mean(-1)
         self.errors.append(squares / self.scales[place].to(squares))

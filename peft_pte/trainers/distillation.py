@@ -274,17 +274,13 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
         """The divergence, or in the first `attention_steps` the error of attention; and what is logged of it."""
         ids, mask, lengths = inputs["input_ids"], inputs["attention_mask"], inputs["prompt_lengths"]
         args, is_training = self.args, model.training
-        processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1
         sums = self._sums[is_training]
         if is_training and self.state.global_step < args.attention_steps:
             with self._drawn_window(model):
                 total = attention_loss(model, ids, mask, lengths, args.only_after_eviction, num_items_in_batch=1)
                 count = self._columns(inputs).sum()
             note(sums, "attention_error", total, count)
-            loss = (
-                total * processes / num_items_in_batch if num_items_in_batch is not None else total / count.clamp(min=1)
-            )
-            return (loss, {}) if return_outputs else loss
+            return self._answer(total, count, num_items_in_batch, return_outputs)
 
         def divergence(teacher: torch.Tensor) -> Divergences:
             options = args.divergence, args.temperature, args.only_after_eviction
@@ -301,10 +297,15 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
                     found = divergence(teacher)
                 self._note(sums, found, base, watch)
         note(sums, "kl", found.kl.sum(), found.counted.sum())
+        return self._answer(found.values.sum(), found.counted.sum(), num_items_in_batch, return_outputs)
+
+    def _answer(self, total: torch.Tensor, count: torch.Tensor, num_items_in_batch: Any, return_outputs: bool) -> Any:
+        """Of `compute_loss`, from the sum over `count` tokens."""
         if num_items_in_batch is None:
-            loss = found.values.sum() / found.counted.sum().clamp(min=1)
+            loss = total / count.clamp(min=1)
         else:
-            loss = found.values.sum() * processes / num_items_in_batch
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = total * processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
