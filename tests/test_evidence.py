@@ -128,8 +128,8 @@ def test_rl_runs(tmp_path: Path) -> None:
 def test_the_rl_prompt_ends_before_the_answer() -> None:
     """The reward compares with the token that the stream has there."""
     task, settings = TASKS["variables"], Settings(task="variables", base=Path())
-    tokenizer = rl.tokenizer_of(task)
-    for row in rl.problems(task, settings, size=8, seed=0):
+    tokenizer = rl.tokenizer_of(task, settings.base)
+    for row in rl.problems(settings, tokenizer, size=8, seed=0):
         ids = tokenizer(row["prompt"])["input_ids"]
         assert ids == [int(word) for word in row["prompt"].split()]
         assert ids[:4] == [task.prompt_token] * 4 and ids[-1] in task.names and int(row["answer"]) in task.values

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import notes
+import rl
 from arms import ARMS
 from ledger import Ledger
 from notes import Notes
@@ -143,9 +144,10 @@ def test_the_evaluation_has_names_things_and_text_of_its_own(folder: Path) -> No
     assert names <= set(notes.words_in(notes.NAMES, held_out=True))
 
 
-def test_any_word_is_for_training_alone(folder: Path) -> None:
+@pytest.mark.parametrize("kind", [notes.NotesOfAnyWord, notes.NotesOfMixedWords])
+def test_any_word_is_for_training_alone(folder: Path, kind: type[Notes]) -> None:
     """Training has more words, none of them one that is asked for; the evaluation has the same streams."""
-    wide, narrow = notes.NotesOfAnyWord(folder), Notes(folder)
+    wide, narrow = kind(folder), Notes(folder)
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     for here, there in zip(*(task.held_out.sample(4, 9, x) for task, x in zip((wide, narrow), generators))):
         assert torch.equal(here, there)
@@ -156,6 +158,15 @@ def test_any_word_is_for_training_alone(folder: Path) -> None:
         assert all(re.fullmatch(r" [A-Z][a-z]+" if pool == "names" else r" [a-z]+", word) for word in read)
     read = [text_of(folder, row) for row in wide.sample(4, 9, generators[0]).input_ids]
     assert all(re.search(r"The number of [a-z]+ of [A-Z][a-z]+ is \d\d\.", text) for text in read)
+
+
+def test_half_of_mixed_rows_are_of_one_kind(folder: Path) -> None:
+    task, generator = notes.NotesOfMixedWords(folder), torch.Generator().manual_seed(0)
+    chosen = task.chosen(torch.arange(1000), 10, 4000, generator, 3)
+    alike = (chosen < 10).all(1)
+    assert abs(alike.float().mean() - 0.5) < 0.03
+    assert (chosen.sort(1).values.diff(dim=1) > 0).all()
+    assert set(chosen[alike].flatten().tolist()) == set(range(10)) and chosen[~alike].float().mean() > 400
 
 
 def test_what_a_tokenizer_must_do(tmp_path: Path) -> None:
@@ -192,12 +203,26 @@ def test_arms_run_and_are_reported(folder: Path, tmp_path: Path) -> None:
         "a checkpoint that was not trained on this task" in said and "Upper line: LoRA with the full cache, at" in said
     )
     assert "(a uniform guess: 0.01): passed" in said and "states zeroed, 24" in said
-    with pytest.raises(TypeError, match="GRPO is for tasks over symbols"):
-        evidence(*command, "--quick", "--rl", "--arms", "PTE")
     with pytest.raises(SystemExit, match="that of notes is a checkpoint"):
         evidence(*command, "--hidden-size", 128)
     with pytest.raises(SystemExit, match="the base of recall is trained here"):
         evidence("--task", "recall", *command[2:])
+
+
+def test_rl_asks_for_the_digits(folder: Path, tmp_path: Path) -> None:
+    """Prompts are a stream's text up to the first number that is scored, and split as the stream is; it runs."""
+    settings = Settings.of("ledger", folder)
+    tokenizer = rl.tokenizer_of(settings.streams, folder)
+    for row in rl.problems(settings, tokenizer, size=8, seed=0):
+        before, asked = row["prompt"].split("\nLater:\n")
+        name, verb, change = re.fullmatch(r"Then (\w+) (gets|loses) (\d) coins and has ", asked).groups()
+        has = int(re.findall(rf"{name} (?:.* and )?has (\d\d) coins", before)[-1])
+        assert int(row["answer"]) == has + int(change) * (1 if verb == "gets" else -1)
+        assert len(tokenizer(row["answer"])["input_ids"]) == 2
+    command = ["--task", "ledger", "--checkpoint", folder, "--output", tmp_path, "--seeds", 0, "--processes", 1]
+    evidence(*command, "--quick", "--rl", "--arms", "PTE", "--evaluated", 8)
+    rows = list(csv.DictReader((tmp_path / "rl_ledger.csv").open()))
+    assert [row["step"] for row in rows if row["reward"]] == ["1", "2"]
 
 
 def test_adapters_are_float32_over_a_bfloat16_base(folder: Path) -> None:

@@ -103,7 +103,8 @@ def run(options: argparse.Namespace) -> None:
         def submit(arm: str, seed: int) -> Future[list[dict[str, Any]]]:
             if options.rl:
                 start = settings if options.quick or options.steps else replace(settings, steps=rl.START_STEPS)
-                return pool.submit(rl.run_rl, arm, seed, start, rl.GRPO | (rl.QUICK_GRPO if options.quick else {}))
+                grpo = rl.GRPO | TASKS[options.task].grpo | (rl.QUICK_GRPO if options.quick else {})
+                return pool.submit(rl.run_rl, arm, seed, start, grpo)
             if ARMS[arm].adapter == "oracle":
                 return pool.submit(run_oracle, arm, seed, settings)
             return pool.submit(run_arm, arm, seed, settings)

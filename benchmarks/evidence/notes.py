@@ -139,6 +139,7 @@ class Words:
         self.prompt, self.before_questions = fixed(wording.prompt), fixed(wording.before_questions)
         self.sentences = [Template(said.text, said.length, encode) for said in wording.sentences]
         pools = [words_in(words, held_out) for words in (NAMES, THINGS)]
+        self.listed_names, self.listed_things = map(len, pools)  # which come first
         if any_word and not held_out:
             pools[0] += other_words(tokenizer, "[A-Z][a-z]{2,}", NAMES)
             pools[1] += other_words(tokenizer, "[a-z]{3,}", THINGS)
@@ -210,6 +211,7 @@ class Notes(Task):
         # Of the frozen base; adapters are float32. Bfloat16 is that of the checkpoint's folder, and slow on some CPUs.
         base_dtype="float32" if dtype_here("auto") == "float32" else "bfloat16",
     )
+    grpo = dict(max_steps=40, learning_rate=5e-4, per_device_train_batch_size=32)
 
     any_word = False  # see Words
 
@@ -249,6 +251,12 @@ class Notes(Task):
     def possible_answers(self, given: dict[str, int]) -> int:
         return 90
 
+    def chosen(
+        self, words: torch.Tensor, listed: int, size: int, generator: torch.Generator, count: int
+    ) -> torch.Tensor:
+        """[size, count]: in each row different ones. The first `listed` words are not of any kind."""
+        return words[shuffled(size, len(words), generator, count)]
+
     def prompt(self, size: int) -> torch.Tensor:
         return self.words.prompt.repeat(size, 1)
 
@@ -262,8 +270,8 @@ class Notes(Task):
         words, facts = self.words, given["facts"]
         (note,) = words.sentences
         gaps = dict(
-            name=words.names[shuffled(size, len(words.names), generator, facts)],
-            thing=words.things[shuffled(size, len(words.things), generator, facts)],
+            name=self.chosen(words.names, words.listed_names, size, generator, facts),
+            thing=self.chosen(words.things, words.listed_things, size, generator, facts),
             tens=words.digits[torch.randint(1, 10, (size, facts), generator=generator)],
             ones=words.digits[torch.randint(10, (size, facts), generator=generator)],
         )
@@ -296,3 +304,21 @@ class NotesOfAnyWord(Notes):
 
     name = "notes_any_word"
     any_word = True
+
+
+class NotesOfMixedWords(NotesOfAnyWord):
+    """The same evaluation again; half of the rows in training have names of people only, and half only such things.
+
+    Any two words of the vocabulary are told apart more easily than two names, which is what the evaluation asks for.
+    """
+
+    name = "notes_mixed"
+
+    def chosen(
+        self, words: torch.Tensor, listed: int, size: int, generator: torch.Generator, count: int
+    ) -> torch.Tensor:
+        of_any_kind = super().chosen(words, listed, size, generator, count)
+        if self.of_evaluation:
+            return of_any_kind
+        alike = super().chosen(words[:listed], listed, size, generator, count)
+        return torch.where(torch.rand(size, 1, generator=generator) < 0.5, alike, of_any_kind)

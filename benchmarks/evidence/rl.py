@@ -1,6 +1,6 @@
 """GRPO on a task under the tight window, from a short supervised start: does RL reach what is only in the state?
 
-The stream up to its first question is the prompt, of which nothing is kept but the first tokens that say nothing; the
+The stream up to its first answer is the prompt, of which nothing is kept but the first tokens that say nothing; the
 rest goes through the window as thoughts do. The completion is the answer, and the reward is 1 if it is right.
 """
 
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig
 
 from arms import ARMS, Arm
 from peft_pte.trainers.grpo import PTEGRPOTrainer
-from streams import SymbolTask
+from streams import SymbolTask, Task
 from training import Settings, adapted, evaluate, supervised
 
 RL_ARMS = ["LoRA, windowed", "Global-only", "PTE, paper (sum, norm on write)", "PTE"]
@@ -49,24 +51,37 @@ class Evaluation(TrainerCallback):
             model.train()
 
 
-def tokenizer_of(task: SymbolTask) -> PreTrainedTokenizerFast:
-    """A word is a token's number, but for padding and end: special tokens are found inside of words too."""
+def tokenizer_of(task: Task, base: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's; of symbols a word is a token's number.
+
+    But for padding and end: special tokens are found inside of words too.
+    """
+    if not isinstance(task, SymbolTask):
+        return AutoTokenizer.from_pretrained(base, padding_side="left")
     words = {"<end>": 0} | {str(i): i for i in range(1, task.vocab_size)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", eos_token="<end>", padding_side="left")
 
 
-def problems(task: SymbolTask, settings: Settings, size: int, seed: int) -> Dataset:
-    """Streams up to the first scored answer, over all trained distances."""
+def problems(settings: Settings, tokenizer: PreTrainedTokenizerBase, size: int, seed: int) -> Dataset:
+    """Streams up to the first scored answer, over all trained distances.
+
+    TRL reads prompts as text, so a stream that would be split into other tokens than it has is drawn again.
+    """
     generator = torch.Generator().manual_seed(100_000 + seed)  # neither those of the start nor the held-out ones
-    rows = []
-    for _ in range(size):
-        distance = int(torch.randint(settings.trained_distance + 1, (), generator=generator))
-        stream = task.sample(1, distance, generator, **dict(settings.difficulty))
-        words, column = stream.input_ids[0].tolist(), int(stream.scored[0].int().argmax())
-        rows.append(dict(prompt=" ".join(map(str, words[:column])), answer=str(words[column])))
-    return Dataset.from_list(rows)
+    rows: list[dict[str, str]] = []
+    one = replace(settings, batch_size=1)
+    for _ in range(20 * size):
+        stream = one.batch(generator)
+        ids, columns = stream.input_ids[0], stream.scored[0].nonzero()[:, 0]
+        before = ids[: columns[0]]
+        row = dict(prompt=tokenizer.decode(before), answer=tokenizer.decode(ids[columns]))
+        if tokenizer(row["prompt"])["input_ids"] == before.tolist():
+            rows.append(row)
+        if len(rows) == size:
+            return Dataset.from_list(rows)
+    raise ValueError(f"{settings.task}: the tokenizer hardly ever splits a stream's text as the stream is written.")
 
 
 def reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
@@ -76,8 +91,9 @@ def reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[flo
 def run_rl(name: str, seed: int, settings: Settings, grpo: dict[str, Any]) -> list[dict[str, Any]]:
     """One arm: a row with the reward of each step, and rows with accuracies on the way (step 0: after the start)."""
     start, task = time.time(), settings.streams
-    if not isinstance(task, SymbolTask):
-        raise TypeError(f"{task.name} has answers of several tokens; GRPO is for tasks over symbols.")
+    tokenizer = tokenizer_of(task, settings.base)
+    groups = grpo["max_steps"] * grpo["per_device_train_batch_size"] // grpo["num_generations"]
+    train_dataset = problems(settings, tokenizer, groups, seed)
     with ARMS[name].variant(), tempfile.TemporaryDirectory() as output:
         model = adapted(ARMS[name], settings, seed, retained_prefix=task.prompt_length)
         for _ in supervised(model, settings, seed, ARMS[name]):
@@ -86,7 +102,7 @@ def run_rl(name: str, seed: int, settings: Settings, grpo: dict[str, Any]) -> li
         evaluation.add(model, 0)
         arguments = GRPOConfig(
             output_dir=output,
-            max_completion_length=1,
+            max_completion_length=len(tokenizer(train_dataset[0]["answer"])["input_ids"]),
             max_grad_norm=1.0,
             logging_steps=1,
             save_strategy="no",
@@ -98,13 +114,12 @@ def run_rl(name: str, seed: int, settings: Settings, grpo: dict[str, Any]) -> li
             seed=seed,
             **grpo,
         )
-        groups = grpo["max_steps"] * grpo["per_device_train_batch_size"] // grpo["num_generations"]
         trainer = PTEGRPOTrainer(
             model=model,
-            processing_class=tokenizer_of(task),
+            processing_class=tokenizer,
             reward_funcs=reward,
             args=arguments,
-            train_dataset=problems(task, settings, groups, seed),
+            train_dataset=train_dataset,
             callbacks=[evaluation],
         )
         trainer.train()

@@ -73,6 +73,7 @@ class Task(ABC):
     prompt_length: int  # never evicted, without evidence
     difficulty: dict[str, int]  # defaults of the keyword arguments of `sample` and `chance`
     settings: dict[str, Any] = {}  # where those of training.py are others than usual
+    grpo: dict[str, Any] = {}  # where those of rl.py are
     whole_answers = False  # whether a row is right if all its scored tokens are, or each token counts for itself
     matched_rank = 25  # of LoRA with as many trained parameters as PTE has, at the sizes of this task's base
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ledger import Ledger
-from notes import Notes, NotesOfAnyWord
+from notes import Notes, NotesOfAnyWord, NotesOfMixedWords
 from streams import Parts, SymbolTask, Task, every, pick, shuffled, symbols
 
 
@@ -280,6 +280,7 @@ TASKS: dict[str, Task] = {
         Rule110(),
         Notes(),
         NotesOfAnyWord(),
+        NotesOfMixedWords(),
         Ledger(),
     )
 }
