@@ -55,8 +55,8 @@ DEMO = dict(
     window_sizes=[24, 40],
     eviction_ratio=0.5,  # half the window at once: fewer segments than with the default, and so faster on a CPU
     retained_prefix=4,
-    steps=400,
-    attention_steps=200,
+    steps=300,
+    attention_steps=150,
     batch_size=8,
     learning_rate=2e-3,
     max_length=128,
@@ -94,9 +94,12 @@ def load_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, list[Ro
     """Rows to train on, and held-out ones; those with answers get a table of their own."""
     count = options.eval_rows
     if options.data is None:
-        # A word has 1.3 tokens, and two notes with their questions have 55; what is too long is cut off.
-        train = real_text.pieces(False, options.max_length * 3 // 4)
-        train += real_text.notes(False, len(train), filler=(0, options.max_length * 3 // 8))
+        # A word has 1.3 tokens, and two notes with their questions have 55; what is too long is cut off. Text comes
+        # around as often as there are notes, which are new in every step.
+        needed = options.steps * options.batch_size // 2
+        text = real_text.pieces(False, options.max_length * 3 // 4)
+        train = (text * (1 + needed // len(text)))[:needed]
+        train += real_text.notes(False, needed, filler=(0, options.max_length * 3 // 8))
         pieces = real_text.pieces(True, options.max_length * 3 // 4)
         notes = real_text.notes(True, count, filler=(options.max_length // 4, options.max_length * 3 // 8))
         return train, dict(text=pieces[:count], notes=notes)

@@ -15,6 +15,7 @@ from models import tiny_model, with_adapter
 from peft import PeftModel
 from processes import TIMEOUT, start
 from test_trl import tokenizer
+from transformers import SchedulerType
 
 from peft_pte import attention_loss, distillation_loss, window
 from peft_pte.trainers import rows
@@ -138,6 +139,24 @@ def test_first_steps_may_be_attention_transfer(tmp_path: Path) -> None:
     assert entries[0]["loss"] == pytest.approx(expected.item(), rel=1e-4) and entries[19]["loss"] < entries[0]["loss"]
     assert "attention_error" not in entries[20] and entries[20]["kl"] < entries[20]["kl_windowed_base"]
     assert run.evaluate()["eval_kl"] < before
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_both_parts_have_the_whole_schedule(tmp_path: Path, step: int) -> None:
+    """Warm-up and decay come twice, also for a run that is resumed in either part; what follows a metric is left."""
+    options = dict(attention_steps=4, max_steps=8, save_steps=2, learning_rate=1e-3, warmup_steps=2)
+    whole = trainer(tmp_path / "whole", **options, save_total_limit=None)
+    whole.train()
+    rates = [entry["learning_rate"] for entry in whole.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4] * 2)  # a step's own, before the schedule moves on
+    resumed = trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert [entry["learning_rate"] for entry in resumed.state.log_history if "loss" in entry] == rates
+    assert all(map(torch.equal, resumed.model.state_dict().values(), whole.model.state_dict().values()))
+    by_metric = trainer(tmp_path, **options)
+    by_metric.args.lr_scheduler_type = SchedulerType.REDUCE_ON_PLATEAU
+    by_metric.create_optimizer()
+    assert isinstance(by_metric.create_scheduler(8), torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def test_rows_of_all_kinds() -> None:

@@ -199,7 +199,9 @@ def test_options_that_cannot_be_used_are_refused(
     assert "PTEConfig has no 'wirte_gate'" in refusal("--config", "wirte_gate=true")
     assert "'write_gate' is not NAME=VALUE" in refusal("--config", "r=4", "write_gate")
     fields = warm_start.arguments(["--config", "write_gate=true", "pte_alpha=9", "init_weights=attention"]).config
-    assert dict(fields) == dict(write_gate=True, pte_alpha=9, init_weights="attention")
+    given = dict(write_gate=True, pte_alpha=9, init_weights="attention")
+    assert dict(fields) == dict(warm_start.DEMO["config"]) | given
+    assert warm_start.arguments(["--model", "m", "--data", "d", "--config", "r=4"]).config == [("r", 4)]
     assert "--steps is 0, but must be at least 1" in refusal(*options(base, data, tmp_path / "out", "--steps", 0))
     assert "--checkpoint is for the default model" in refusal(*options(base, data, tmp_path, "--checkpoint", "x"))
     with pytest.raises(ValueError, match="`window_sizes` is"):
@@ -215,6 +217,8 @@ def test_without_arguments_it_is_the_packaged_checkpoint_on_real_text() -> None:
     assert (given.window_size, given.retained_prefix) == (32, 4) and list(groups) == ["text", "notes"]
     assert warm_start.arguments(["--window-size", "48"]).window_size == 48
     texts = {row["text"] for row in rows}
-    assert len(texts) == len(rows) and not any(row["text"] in texts for part in groups.values() for row in part)
+    notes = [row["text"] for row in rows if row["text"].startswith("Notes:")]
+    assert len(rows) == given.steps * given.batch_size and 2 * len(notes) == len(rows) == 2 * len(set(notes))
+    assert not any(row["text"] in texts for part in groups.values() for row in part)
     for row in groups["notes"]:
         assert row["text"].endswith(f" is {row['answer']}.") and row["text"].count(f"is {row['answer']}.") == 2

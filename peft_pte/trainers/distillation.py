@@ -14,7 +14,8 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from torch.optim.lr_scheduler import SequentialLR
+from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..hooks.window import window
@@ -49,7 +50,8 @@ class PTEDistillationConfig(TrainingArguments):
         only_after_eviction (`bool`): Learn only from tokens that are predicted when thoughts have left.
         attention_steps (`int`):
             So many first steps learn by `peft_pte.attention_loss`: each layer alone, from what the base's attention
-            gives. They cost a part of the others, and need no backward pass through the model.
+            gives. They cost a part of the others, and need no backward pass through the model. Each of both parts has
+            the whole schedule of the learning rate, its warm-up included.
         max_length (`int`, *optional*): Rows are cut off after so many tokens, the prompt included.
         text_prompt_tokens (`int`):
             So many first tokens of a row of plain text count as its prompt, which never leaves: attention needs a few
@@ -157,6 +159,8 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
             smallest window, or prompts are to be completed by a sharded model.
     """
 
+    lr_scheduler: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -242,6 +246,19 @@ class PTEDistillationTrainer(AtomicCheckpoints, Trainer):
             )
 
     # ------------------------------------------------------------------------------------------------------------ loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's, once for the steps in which each layer learns alone, and once for the others."""
+        first = self.args.attention_steps
+        follows_metrics = self.args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        if self.lr_scheduler is not None or follows_metrics or not 0 < first < num_training_steps:
+            return super().create_scheduler(num_training_steps, optimizer)
+        parts = []
+        for steps in (first, num_training_steps - first):
+            parts.append(super().create_scheduler(steps, optimizer))
+            self.lr_scheduler = None
+        self.lr_scheduler = SequentialLR(optimizer or self.optimizer, parts, milestones=[first])
+        return self.lr_scheduler
 
     def window_size(self) -> int | None:
         """The window of the present step, drawn anew for each; None: the configuration's."""
