@@ -32,7 +32,8 @@ ROOMS = {
         *(["eviction", "snapshot", "__init__"], ["twin"], ["step"], ["graph"]),
     ],
     "replay": [
-        ["layout", "heads", "checkpointing", "__init__"],
+        ["layout", "chunks", "checkpointing", "__init__"],
+        ["heads"],
         ["segments"],
         ["truncated", "distillation"],
         ["transfer"],

@@ -89,7 +89,7 @@ def test_equal_to_full_logits(
     plain = gradients(model, loss)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    with patch("peft_pte.replay.heads.CHUNK_TOKENS", chunk):
+    with patch("peft_pte.replay.chunks.CHUNK_TOKENS", chunk):
         found = sequence_divergence(model, ids, mask, borders, *options)
         assert torch.equal(found.counted, counted)
         torch.testing.assert_close(found.values, values, rtol=1e-10, atol=1e-10)
@@ -140,7 +140,7 @@ def test_truncated_and_offloaded_equal_ordinary_autograd(case: Case, left: bool,
         torch.manual_seed(0)
         with (
             by_autograd,
-            patch("peft_pte.replay.heads.CHUNK_TOKENS", 7),
+            patch("peft_pte.replay.chunks.CHUNK_TOKENS", 7),
             patch("peft_pte.replay.replay.SHORTEST_PIECE", 3),
         ):
             with window(model, size):
@@ -226,7 +226,7 @@ def test_no_logits_of_a_whole_sequence() -> None:
     length, vocab = 400, 2001
     model = with_adapter(tiny_model("llama", torch.float32, vocab_size=vocab), window_size=64).train()
     ids = torch.randint(3, vocab, (1, length))
-    with patch("peft_pte.replay.heads.CHUNK_TOKENS", 50), LargestTensor() as largest:
+    with patch("peft_pte.replay.chunks.CHUNK_TOKENS", 50), LargestTensor() as largest:
         distillation_loss(model, ids, prompt_lengths=5, divergence="mixed", only_after_eviction=False).backward()
     assert 0 < largest.numel <= 50 * vocab < length * vocab / 4
 

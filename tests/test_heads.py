@@ -16,6 +16,7 @@ from test_training import assert_same, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pte import distillation_loss, sequence_logprobs, sequence_loss
+from peft_pte.replay import heads
 
 
 def expected_of(logits: torch.Tensor, ids: torch.Tensor, wanted: torch.Tensor, temperature: float) -> tuple:
@@ -49,7 +50,7 @@ def test_equal_to_logits_forward_and_backward(
     plain = gradients(model, (expected[0] * weights).sum())
     if checkpointing:
         model.gradient_checkpointing_enable()
-    with patch("peft_pte.replay.heads.CHUNK_TOKENS", chunk):
+    with patch("peft_pte.replay.chunks.CHUNK_TOKENS", chunk):
         logprobs, entropy = sequence_logprobs(model, ids, mask, borders, temperature)
         assert logprobs.dtype == torch.float64 and not entropy.requires_grad
         torch.testing.assert_close(logprobs, expected[0], rtol=1e-10, atol=1e-10)
@@ -121,7 +122,7 @@ def test_no_logits_of_a_whole_sequence() -> None:
     length, vocab = 800, 4001
     model = with_adapter(tiny_model("llama", torch.float32, vocab_size=vocab), window_size=64).train()
     ids = torch.randint(3, vocab, (1, length))
-    with patch("peft_pte.replay.heads.CHUNK_TOKENS", 100), LargestTensor() as largest:
+    with patch("peft_pte.replay.chunks.CHUNK_TOKENS", 100), LargestTensor() as largest:
         sequence_logprobs(model, ids, prompt_lengths=5)[0].sum().backward()
     assert 0 < largest.numel <= 100 * vocab < length * vocab / 4
 
@@ -147,10 +148,36 @@ def test_the_head_is_one_product_for_all_rows(function: Callable[..., Any], grad
     vocab = 401
     model = with_adapter(tiny_model("llama", torch.float32, vocab_size=vocab), window_size=8, gradient=gradient).train()
     ids = torch.randint(3, vocab, (3, 40))
-    with patch("peft_pte.replay.heads.CHUNK_TOKENS", 15), BatchedProducts() as seen:
+    with patch("peft_pte.replay.chunks.CHUNK_TOKENS", 15), BatchedProducts() as seen:
         found = function(model, ids, prompt_lengths=5)
         (found if function is distillation_loss else found[0].sum()).backward()
     assert seen.widths and vocab not in seen.widths
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("gradient, checkpointing", [("full", False), ("full", True), ("truncated", False)])
+def test_logits_are_made_once_unless_the_head_is_trained(gradient: str, checkpointing: bool, trained: bool) -> None:
+    """Gradients of a frozen head's hidden states are taken in the forward, those of a trained one by recomputing."""
+    model = with_adapter(tiny_model("llama"), window_size=8, gradient=gradient).train()
+    model.get_output_embeddings().weight.requires_grad_(trained)
+    ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(0))
+    logits = model(input_ids=ids, prompt_lengths=5).logits
+    wanted = (torch.arange(40) >= 5).expand(2, -1)
+    expected = gradients(model, expected_of(logits, ids, wanted, 1.0)[0].sum())
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with (
+        patch("peft_pte.replay.chunks.CHUNK_TOKENS", 6),
+        patch("peft_pte.replay.heads.logits_of", wraps=heads.logits_of) as made,
+    ):
+        logprobs, _ = sequence_logprobs(model, ids, prompt_lengths=5)
+        once = made.call_count
+        assert_same(gradients(model, logprobs.sum()), expected)
+    is_recomputed = checkpointing or gradient == "truncated"  # the segment, and its logits with it
+    assert made.call_count == once * (1 + is_recomputed + trained) and once > 5
+    with patch("peft_pte.replay.chunks.WithGradients.apply") as taken, torch.no_grad():
+        sequence_logprobs(model, ids, prompt_lengths=5)
+    assert not taken.called
 
 
 def test_bad_input() -> None:

@@ -129,7 +129,7 @@ def test_second_pass_of_truncated_gradients_equals_ordinary_autograd(case: Case,
         with (
             way(),
             patch("peft_pte.replay.replay.SHORTEST_PIECE", piece),
-            patch("peft_pte.replay.heads.CHUNK_TOKENS", 7),
+            patch("peft_pte.replay.chunks.CHUNK_TOKENS", 7),
         ):
             if of == "logprobs":
                 value = sequence_logprobs(model, ids, **call)[0][..., None]

@@ -21,7 +21,8 @@ from ..config import CachePolicy
 from ..host import DecoderOutput, cache_in, call_with_cache, set_cache, take_cache
 from ..layer import current_call
 from ..replay.checkpointing import layer_checkpointing_off
-from ..replay.heads import TaskOf, as_hidden, as_output, current_head, current_hidden, num_chunks, wants_hidden
+from ..replay.chunks import num_chunks
+from ..replay.heads import TaskOf, as_hidden, as_output, current_head, current_hidden, wants_hidden
 from ..replay.replay import agreed_maximum, join_outputs, replay
 from ..replay.segments import embedded_rows
 from .border import HARNESSES, current_border, current_generation, named_arguments, prompt_length_of, warn_caller

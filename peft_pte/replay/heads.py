@@ -6,7 +6,6 @@ Here: log-probabilities and entropy of the policy. Divergences from the base mod
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,20 +13,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import peft_pte_kernels
 
 from ..host import DecoderOutput
-
-# Tokens (of all rows together) whose logits exist at the same time.
-CHUNK_TOKENS = 1024
-
-
-Results = tuple[torch.Tensor, torch.Tensor]  # each [B, q]; the first one carries a gradient
-# The results of a chunk, from hidden states [B, q, D] and what they are compared with, [B, q, ...].
-ChunkFunction = Callable[[torch.Tensor, torch.Tensor], Results]
+from .chunks import Results, span_of, token_results
 
 
 class Head(Protocol):
@@ -79,7 +70,8 @@ class LogProbHead:
     def task(self, top: nn.Module, ids: torch.Tensor, valid: torch.Tensor, border: torch.Tensor | None) -> Task:
         function = functools.partial(chunk_logprobs, top, self.temperature)
         targets = ids.gather(1, next_tokens(valid).clamp(max=ids.shape[1] - 1))
-        return Task(functools.partial(token_results, function), targets, needed_columns(valid, border))
+        head = functools.partial(token_results, function, head_is_frozen(top))
+        return Task(head, targets, needed_columns(valid, border))
 
 
 current_head: ContextVar[Request | None] = ContextVar("pte_head", default=None)
@@ -116,56 +108,11 @@ def chunk_logprobs(
     return peft_pte_kernels.token_logprobs(logits, targets.to(logits.device), temperature)
 
 
-def num_chunks(batch_size: int, length: int) -> int:
-    """How many chunks `token_results` makes of so many columns at most."""
-    return math.ceil(length / chunk_size(batch_size))
-
-
-def chunk_size(batch_size: int) -> int:
-    return max(1, CHUNK_TOKENS // batch_size)
-
-
-def span_of(columns: list[bool]) -> tuple[int, int]:
-    """From the first column that is True to behind the last one; (0, 0) if there is none."""
-    wanted = [column for column, is_wanted in enumerate(columns) if is_wanted]
-    return (wanted[0], wanted[-1] + 1) if wanted else (0, 0)
-
-
-def token_results(
-    function: ChunkFunction,
-    hidden_states: torch.Tensor,
-    targets: torch.Tensor,
-    needed: torch.Tensor,
-    span: tuple[int, int] | None = None,
-    least_chunks: int = 0,
-) -> Results:
-    """The results of `function` for any number of tokens, chunk by chunk, recomputed in the backward pass.
-
-    `targets` may wait in host memory. `needed` [B, q]: columns that no row needs are left out at both ends; results are
-    zero where it is False. `span`: the `span_of` that, if the host knows it, which else has to wait for the device.
-    `least_chunks`: the function is called at least so often, if need be for nothing.
-    """
-    first, last = span_of(needed.any(0).tolist()) if span is None else span
-    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-
-    def run(chunk: slice) -> Results:
-        arguments = hidden_states[:, chunk], targets[:, chunk].to(hidden_states.device, non_blocking=True)
-        if torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
-
-    size = chunk_size(needed.shape[0])
-    parts = [run(slice(start, min(last, start + size))) for start in range(first, last, size)]
-    spare = [run(slice(0, 1))[0][:, :0].sum() for _ in range(least_chunks - len(parts))]
-    if not parts:
-        zeros = hidden_states.new_zeros(needed.shape, dtype=dtype)
-        # In the graph, so that every process has a backward pass.
-        return zeros + sum(spare, hidden_states[..., :0].sum()), zeros
-    margin = (first, needed.shape[1] - last)
-    differentiable, other = (
-        torch.nn.functional.pad(torch.cat(part, dim=1), margin).masked_fill(~needed, 0) for part in zip(*parts)
-    )
-    return sum(spare, differentiable), other
+def head_is_frozen(top: nn.Module) -> bool:
+    """Whether nothing is trained that makes logits of hidden states: then their gradients go to hidden states alone."""
+    head, decoder = top.get_output_embeddings(), set(attachment_in(top).decoder.parameters())
+    behind = [*(() if head is None else head.parameters()), *(x for x in top.parameters() if x not in decoder)]
+    return not any(parameter.requires_grad for parameter in behind)
 
 
 # The same for one segment, whose targets are known.

@@ -23,7 +23,8 @@ from ..config import CachePolicy
 from ..host import CACHE_NAMES, DecoderOutput
 from ..stacked import StackedEncoders, has_gathered_encoders, stack_encoders
 from .checkpointing import checkpoints_layers
-from .heads import Scoring, TaskOf, as_output, num_chunks
+from .chunks import num_chunks
+from .heads import Scoring, TaskOf, as_output
 from .layout import Layout
 from .segments import (
     Gone,

@@ -93,7 +93,8 @@ class LayersAlone:
     ) -> torch.Tensor:
         """A layer's forward: its attention, with the arguments that the layer hands on."""
         names = list(inspect.signature(type(layer).forward).parameters)[2:]
-        given, wanted = (x.to(hidden_states) for x in self.record[:, :, place].unbind(2))
+        # With the strides of the whole record, products with weights would be one a row (see `heads.packed`).
+        given, wanted = (x.to(hidden_states).contiguous() for x in self.record[:, :, place].unbind(2))
         found = attention(hidden_states=given, **dict(zip(names, args)), **kwargs)[0]
         dtype = state_dtype(found)
         squares = (found.to(dtype) - wanted.to(dtype)).square().mean(-1)

@@ -12,7 +12,7 @@ from processes import group
 from torch import nn
 
 from peft_pte import sequence_logprobs
-from peft_pte.replay import heads
+from peft_pte.replay import chunks
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it; the batches are ours
@@ -81,6 +81,6 @@ def without_gradients(model: nn.Module, rows: Rows, **options) -> dict[str, list
 def work(rank: int, world: int, folder: Path, steps: list[Case]) -> None:
     """One process."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    heads.CHUNK_TOKENS = 16  # several calls of the head a segment, and not as many on each rank
+    chunks.CHUNK_TOKENS = 16  # several calls of the head a segment, and not as many on each rank
     with group(rank, world, folder):
         torch.save(train(steps, folder / "adapter"), folder / f"results-{rank}.pt")
