@@ -1,6 +1,6 @@
 """A warm start without labels or rewards: any checkpoint learns to think under a bounded cache, from itself.
 
-    python examples/warm_start.py                      # SmolLM2-135M on real text, on 2 CPU cores, in 18 minutes
+    python examples/warm_start.py                      # SmolLM2-135M on real text, on 2 CPU cores, in 17 minutes
     python examples/warm_start.py --model <id, folder or GGUF file> --data rows.jsonl --window-size 1024
     accelerate launch examples/warm_start.py --model ... --data ...                                # several GPUs
 
