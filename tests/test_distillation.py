@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peft_pte import PTECache, distillation_loss, sequence_divergence, window
 from peft_pte.cache.schedule import Schedule
-from peft_pte.replay.distillation import Divergence, kl_divergence, teacher_states
+from peft_pte.replay.distillation import Divergence, ForwardKL, kl_divergence, teacher_states
 from peft_pte.replay.segments import current_watch, watched
 
 IDS = torch.randint(3, 61, (2, 25), generator=torch.Generator().manual_seed(0))
@@ -269,6 +269,27 @@ def test_tokens_that_are_impossible() -> None:
     torch.testing.assert_close(value, kl_divergence(p[..., :7], q[..., :7]))
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     assert gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("impossible", [0, 2])
+def test_forward_kl_is_autograds(impossible: int) -> None:
+    """Also where tokens are impossible on both sides; one that is possible for the teacher alone costs infinitely."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(2, 5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    for logits in (teacher, student):
+        logits[..., :impossible] = float("-inf")
+    expected, weights = teacher.log_softmax(-1), torch.rand(2, 5, dtype=torch.float64, generator=generator)
+    student.requires_grad_()
+    value, plain = ForwardKL.apply(student, expected), kl_divergence(expected, student.log_softmax(-1))
+    torch.testing.assert_close(value, plain, rtol=1e-12, atol=1e-12)
+    possible = student[..., impossible:].detach().requires_grad_()
+    by_autograd = kl_divergence(expected[..., impossible:], possible.log_softmax(-1))
+    (gradient,) = torch.autograd.grad((value * weights).sum(), student)
+    (wanted,) = torch.autograd.grad((by_autograd * weights).sum(), possible)
+    torch.testing.assert_close(gradient[..., impossible:], wanted, rtol=1e-12, atol=1e-12)
+    assert not gradient[..., :impossible].any()
+    student = student.detach().index_fill(2, torch.tensor([6]), float("-inf"))
+    assert ForwardKL.apply(student, expected).isinf().all()
 
 
 def test_bad_input() -> None:
