@@ -126,7 +126,7 @@ def base_folder(options: argparse.Namespace) -> Path:
         is_converted = options.checkpoint and (options.checkpoint / "config.json").exists()
         return options.checkpoint if is_converted else options.base / options.task
     if options.checkpoint:
-        raise SystemExit(f"--checkpoint is for notes; the base of {options.task} is trained here.")
+        raise SystemExit(f"--checkpoint is for notes and ledgers; the base of {options.task} is trained here.")
     if options.hidden_size < 64 or options.hidden_size % 64:
         raise SystemExit(f"--hidden-size is {options.hidden_size}, but must be a multiple of 64.")
     wider = f"_hidden_{options.hidden_size}" if options.hidden_size != 64 else ""
