@@ -52,10 +52,7 @@ class Evaluation(TrainerCallback):
 
 
 def tokenizer_of(task: Task, base: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's; of symbols a word is a token's number.
-
-    But for padding and end: special tokens are found inside of words too.
-    """
+    """The checkpoint's. Of symbols a word is a token's number, but for padding and end, else found in words."""
     if not isinstance(task, SymbolTask):
         return AutoTokenizer.from_pretrained(base, padding_side="left")
     words = {"<end>": 0} | {str(i): i for i in range(1, task.vocab_size)}
