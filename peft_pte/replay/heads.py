@@ -83,7 +83,7 @@ wants_hidden: ContextVar[bool] = ContextVar("pte_wants_hidden", default=False)
 
 def packed(hidden_states: torch.Tensor) -> torch.Tensor:
     """Some columns of a sequence without its strides: to a layer without gradients, `torch.matmul` makes of those one
-    product a row, for which the CPU's bfloat16 kernel copies the head's weight once a row."""
+    product a row, for which the CPU's bfloat16 kernel copies the weight once a row."""
     return hidden_states.contiguous()
 
 

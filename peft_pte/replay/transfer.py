@@ -25,8 +25,9 @@ from ..encoder import ENCODER_NAME, state_dtype
 from ..host import cache_in
 from ..layer import is_sharded_tensor
 from . import segments
+from .chunks import Results
 from .distillation import base_in_front, compared_columns, policy_of
-from .heads import Results, SegmentHead, Task, asked, at_tokens, attachment_in, divided
+from .heads import SegmentHead, Task, asked, at_tokens, attachment_in, divided, packed
 from .layout import gathered
 
 Forward = Callable[..., BaseModelOutputWithPast]
@@ -93,9 +94,8 @@ class LayersAlone:
     ) -> torch.Tensor:
         """A layer's forward: its attention, with the arguments that the layer hands on."""
         names = list(inspect.signature(type(layer).forward).parameters)[2:]
-        # With the strides of the whole record, products with weights would be one a row (see `heads.packed`).
-        given, wanted = (x.to(hidden_states).contiguous() for x in self.record[:, :, place].unbind(2))
-        found = attention(hidden_states=given, **dict(zip(names, args)), **kwargs)[0]
+        given, wanted = (x.to(hidden_states) for x in self.record[:, :, place].unbind(2))
+        found = attention(hidden_states=packed(given), **dict(zip(names, args)), **kwargs)[0]
         dtype = state_dtype(found)
         squares = (found.to(dtype) - wanted.to(dtype)).square().mean(-1)
         self.errors.append(squares / self.scales[place].to(squares))
