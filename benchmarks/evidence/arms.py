@@ -116,13 +116,27 @@ CANDIDATES: dict[str, Arm] = {
     "PTE, rank 16": replace(pte(), rank=16),
     "PTE, truncated gradient": pte(gradient="truncated"),
 }
-# For notes on SmolLM2: the outputs of the layers around 18, whose state alone finds whose a number is, larger updates.
-MIDDLE: dict[str, Any] = dict(target_modules=["o_proj"], layers_to_transform=list(range(14, 24)))
+# For notes on SmolLM2: the outputs of the layers around 18, whose state alone finds whose a number is, larger updates;
+# and what changes one thing of that.
+OUTPUTS: dict[str, Any] = dict(target_modules=["o_proj"])
+MIDDLE = OUTPUTS | dict(layers_to_transform=list(range(14, 24)))
+GATE, START = dict(write_gate=True), dict(init_weights="attention")
 CHECKPOINT: dict[str, Arm] = {
     "PTE, outputs of layers 14 to 23, gate of writes, starts as attention": replace(
-        pte(write_gate=True, init_weights="attention", **MIDDLE), scaling=12.0
+        pte(**MIDDLE, **GATE, **START), scaling=12.0
     ),
     "PTE, outputs of layers 14 to 23": replace(pte(**MIDDLE), scaling=12.0),
+    "PTE, outputs of layers 14 to 23, gate of writes": replace(pte(**MIDDLE, **GATE), scaling=12.0),
+    "PTE, outputs of layers 14 to 23, starts as attention": replace(pte(**MIDDLE, **START), scaling=12.0),
+    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention, scaling 4": replace(
+        pte(**MIDDLE, **GATE, **START), scaling=4.0
+    ),
+    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention, scaling 24": replace(
+        pte(**MIDDLE, **GATE, **START), scaling=24.0
+    ),
+    "PTE, outputs of all layers, gate of writes, starts as attention": replace(
+        pte(**OUTPUTS, **GATE, **START), scaling=12.0
+    ),
 }
 CHECKPOINT |= {
     f"{name}, {how}": replace(arm, **changes)
