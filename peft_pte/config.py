@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
 from .model_card import CARD, add_loading_code
 
@@ -52,6 +54,9 @@ class PTEConfig(PeftConfig):
             The update is scaled by `pte_alpha / r`, as in LoRA. Half of `r` trained in more cases than `r`, which can
             make gradients explode, though more slowly where both do; see docs/evidence_first_design.md. `paper()` takes
             `r`.
+        alpha_pattern (`dict[str, float]`):
+            As in LoRA: other alphas of projections, by name, or by a regular expression that matches its end, such as
+            `layers\\.3\\.self_attn\\.o_proj`.
         pte_dropout (`float`):
             Dropout on the input of `B`. It is active in rollouts too if the model is in train mode.
         window_size (`int` or `"prompt"`):
@@ -145,6 +150,9 @@ class PTEConfig(PeftConfig):
         default=32, metadata={"help": "Number of learned tokens that make the initial state; 0 means S_0 = 0."}
     )
     pte_alpha: float = field(default=16, metadata={"help": "The update is scaled by pte_alpha / r."})
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Projections with another alpha, by name or regular expression."}
+    )
     pte_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of B."})
     window_size: Union[int, Literal["prompt"]] = field(
         default=1024,
@@ -292,6 +300,10 @@ class PTEConfig(PeftConfig):
             self.offload,
         )
 
+    def scaling_of(self, projection: str) -> float:
+        """By what the update of a projection is multiplied; `projection`: its name in the base model."""
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), projection), self.pte_alpha) / self.r
+
     def check(self, **changes: Any) -> None:
         """Refuse values that this configuration could not have, with the error that it would be refused with.
 
@@ -335,6 +347,8 @@ class PTEConfig(PeftConfig):
             refuse("conv_size", "must be a positive integer or None.")
         if not is_number("pte_alpha") or not self.pte_alpha > 0:
             refuse("pte_alpha", "must be a positive number.")
+        if not is_alpha_pattern(self.alpha_pattern):
+            refuse("alpha_pattern", "must be a dictionary of names, or regular expressions, and positive numbers.")
         if not is_number("pte_dropout") or not 0 <= self.pte_dropout < 1:
             refuse("pte_dropout", "must be in [0, 1).")
         if self.window_size != "prompt" and not is_int("window_size", 1):
@@ -377,3 +391,10 @@ class PTEConfig(PeftConfig):
             refuse("layers_pattern", "has no effect without `layers_to_transform`: give both or neither.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             refuse("layers_to_transform", "cannot be combined with a regular expression in `target_modules`.")
+
+
+def is_alpha_pattern(value: Any) -> bool:
+    try:
+        return all(re.compile(key) and type(alpha) in (int, float) and alpha > 0 for key, alpha in value.items())
+    except (AttributeError, TypeError, re.error):
+        return False

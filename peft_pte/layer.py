@@ -188,6 +188,7 @@ class Linear(nn.Module, PTELayer):
     projection has `pte_gate[name]`, G [r, in] too, and adds `A (2 sigmoid(G x) * S B x)`.
 
     Args:
+        key: the projection's name in the base model.
         hidden_size: of an output projection, the width of its attention module's input, which `B` reads with
             `output_source="hidden_states"`; None for projections that read that input anyway.
     """
@@ -196,7 +197,9 @@ class Linear(nn.Module, PTELayer):
     # take it back in the same graph, so that nothing of it is left in the compiled code.
     traced_call: AttentionCall | None = None
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PTEConfig, hidden_size: int | None = None):
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: PTEConfig, key: str, hidden_size: int | None = None
+    ):
         super().__init__()
         self.base_layer, self.hidden_size = base_layer, hidden_size
         widths = widths_of(base_layer)
@@ -212,11 +215,11 @@ class Linear(nn.Module, PTELayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, key)
 
-    def update_layer(self, adapter_name: str, config: PTEConfig) -> None:
+    def update_layer(self, adapter_name: str, config: PTEConfig, key: str) -> None:
         """Add (or replace) the parameters of one adapter."""
-        self.pte_scaling[adapter_name] = config.pte_alpha / config.r
+        self.pte_scaling[adapter_name] = config.scaling_of(key)
         self.pte_dropout[adapter_name] = nn.Dropout(config.pte_dropout) if config.pte_dropout else nn.Identity()
         reads_input = self.hidden_size is None or config.output_source == "attention_output"
         self.pte_reads_input[adapter_name] = reads_input
@@ -287,6 +290,7 @@ class Linear(nn.Module, PTELayer):
             p.live_adapters != live or p._drops(live) or not p._is_fused(x, live) for p in group[1:]
         ):
             group = [self]  # with dropout every projection sees an input of its own
+        group = [p for p in group if p.pte_scaling == self.pte_scaling]  # else in its own call
         results = [p.base_layer(x) for p in group]
         autocast = torch.is_autocast_enabled(x.device.type)
         for name in live:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import PTEConfig
@@ -83,7 +84,7 @@ class PTEModel(BaseTuner):
         layers = [module for module in model.modules() if isinstance(module, PTELayer)]
         of_other_adapters = {part for layer in layers for part in layer.modules() if part is not layer}
         of_other_adapters |= {layer for layer in layers if isinstance(layer, ThoughtEncoder)}
-        reads_state = False
+        reads_state, unmatched = False, set(peft_config.alpha_pattern)
         for key, module in model.named_modules():
             if not key or module in of_other_adapters or not self._check_target_module_exists(peft_config, key):
                 continue
@@ -99,7 +100,13 @@ class PTEModel(BaseTuner):
                     "PTE cannot adapt: it is no linear layer (also quantised, or wrapped) that says its `in_features` "
                     "and `out_features`."
                 )
+            unmatched.discard(get_pattern_key(list(peft_config.alpha_pattern), key))
             reads_state |= hidden_size_at(parent, key.rpartition(".")[2]) is not None
+        if unmatched:
+            raise ValueError(
+                f"PTEConfig: `alpha_pattern` has {sorted(unmatched)}, which is the first pattern of no adapted "
+                "projection of this model: use names such as 'o_proj' or 'layers.3.self_attn.o_proj'."
+            )
         if peft_config.init_weights == "attention" and not reads_state:
             raise ValueError(
                 "PTEConfig: `init_weights` is 'attention', which is how an output projection starts, but "
@@ -146,10 +153,10 @@ class PTEModel(BaseTuner):
                 encoder.set_requires_grad(adapter_name, False)
         if isinstance(target, Linear):
             self._outdated.discard(target)
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, current_key)
             projection = target
         else:
-            projection = Linear(target, adapter_name, peft_config, hidden_size_at(parent, target_name))
+            projection = Linear(target, adapter_name, peft_config, current_key, hidden_size_at(parent, target_name))
             if adapter_name not in self.active_adapters:
                 projection.requires_grad_(False)
             self._replace_module(parent, target_name, projection, target)

@@ -62,6 +62,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
                     weights[f"{path}.{child}.lora_B.weight"] = A.contiguous()
     lora = LoraConfig(
         lora_alpha=config.pte_alpha,
+        alpha_pattern=dict(config.alpha_pattern),
         lora_dropout=config.pte_dropout,
         inference_mode=True,
         **{field: getattr(config, field) for field in SHARED_FIELDS},

@@ -15,6 +15,7 @@ Equation numbers are those that the package uses:
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +221,7 @@ class ReferenceModel:
         self.encode_keys = config["encode_keys"]
         if self.encode_keys not in ("pre_rope", "chunk", "post_rope"):
             raise ValueError(f"unknown encode_keys {self.encode_keys!r}")
-        self.scaling = config["pte_alpha"] / config["r"]
+        self.alpha, self.rank, self.alpha_pattern = config["pte_alpha"], config["r"], config["alpha_pattern"]
         if config["output_source"] not in ("hidden_states", "attention_output"):
             raise ValueError(f"unknown output_source {config['output_source']!r}")
         self.output_reads_input = config["output_source"] == "hidden_states"
@@ -328,7 +329,10 @@ class ReferenceModel:
             answer = state @ (b @ asked)
             if f"{name}.pte_gate.weight" in self.adapter:
                 answer = answer * 2 / (1 + torch.exp(-(self.adapter[f"{name}.pte_gate.weight"] @ asked)))
-            y = y + self.scaling * (a @ answer)
+            # The first pattern that is the end of the name, as in LoRA.
+            ends = [end for end in self.alpha_pattern if re.search(rf"(^|\.){end}$", name)]
+            alpha = self.alpha_pattern[ends[0]] if ends else self.alpha
+            y = y + alpha / self.rank * (a @ answer)
         return y
 
     def rms_norm(self, name: str, x: Tensor) -> Tensor:

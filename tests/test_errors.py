@@ -22,6 +22,21 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], str]] = [
     (dict(r=True), "PTEConfig: `r` is True, but must be a positive integer."),
     (dict(num_global_tokens=-1), "PTEConfig: `num_global_tokens` is -1, but must be an integer >= 0."),
     (dict(pte_alpha=0), "PTEConfig: `pte_alpha` is 0, but must be a positive number."),
+    (
+        dict(alpha_pattern=8),
+        "PTEConfig: `alpha_pattern` is 8, but must be a dictionary of names, or regular expressions, and positive "
+        "numbers.",
+    ),
+    (
+        dict(alpha_pattern={"(o_proj": 1}),
+        "PTEConfig: `alpha_pattern` is {'(o_proj': 1}, but must be a dictionary of names, or regular expressions, and "
+        "positive numbers.",
+    ),
+    (
+        dict(alpha_pattern={"o_proj": 0}),
+        "PTEConfig: `alpha_pattern` is {'o_proj': 0}, but must be a dictionary of names, or regular expressions, and "
+        "positive numbers.",
+    ),
     (dict(pte_dropout=1.0), "PTEConfig: `pte_dropout` is 1.0, but must be in [0, 1)."),
     (dict(window_size=0), "PTEConfig: `window_size` is 0, but must be a positive integer or 'prompt'."),
     (dict(window_size="all"), "PTEConfig: `window_size` is 'all', but must be a positive integer or 'prompt'."),
@@ -183,6 +198,14 @@ def test_sliding_window_as_long_as_the_model_is_accepted() -> None:
         (dict(target_modules=["q_proj", "gate_proj"]), "'model.layers.0.mlp.gate_proj', which is not a projection"),
         (dict(target_modules="all-linear"), "`target_modules` is 'all-linear', but PTE adapts attention"),
         (dict(target_modules=["lm_head"]), "matches 'lm_head', which is not a projection"),
+        (
+            dict(alpha_pattern={"o_proj": 1, r"layers\.9\..*": 2}),
+            "has ['layers\\\\.9\\\\..*'], which is the first pattern",
+        ),
+        (
+            dict(alpha_pattern={"o_proj": 1, r"layers\.0\.self_attn\.o_proj": 2}),
+            "which is the first pattern of no adapted",
+        ),
         (dict(target_modules=["nothing"]), "not found in the base model"),
     ],
 )

@@ -17,6 +17,7 @@ REFERENCE_FIELDS = (
     "r",
     "num_global_tokens",
     "pte_alpha",
+    "alpha_pattern",
     "window_size",
     "eviction_ratio",
     "retained_prefix",
@@ -58,6 +59,9 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     prefix = draw(st.one_of(st.just("prompt"), st.integers(0, 5)))
     windows = st.integers(1, 9)
     norm = draw(st.sampled_from(norms))
+    # Without a norm a random A feeds the state back into itself and grows without bound; a small one does not.
+    alphas = st.sampled_from([0.05, 0.1] if norm == "none" else [1, 4])
+    patterns = draw(st.sampled_from([(), (), ("o_proj",), (r"layers\.[02]\.self_attn\.\w+_proj", "o_proj")]))
     return dict(
         window_size=draw(st.one_of(st.just("prompt"), windows) if prefix == "prompt" else windows),
         eviction_ratio=draw(st.sampled_from([0.05, 0.25, 0.34, 0.5, 0.8, 1.0])),
@@ -71,8 +75,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         conv_size=1 if update == "none" else draw(st.sampled_from([1, 2, 2, 3, 4])),
         write_gate=update == "delta" and draw(st.booleans()),
         num_global_tokens=draw(st.sampled_from([1, 4] if update == "none" else [0, 1, 4])),
-        # Without a norm a random A feeds the state back into itself and grows without bound; a small one does not.
-        pte_alpha=draw(st.sampled_from([0.05, 0.1] if norm == "none" else [1, 4])),
+        pte_alpha=draw(alphas),
+        alpha_pattern={pattern: draw(alphas) for pattern in patterns},
     )
 
 

@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "none": {"state_update": "none", "conv_size": 1},
     "without output projection": {"target_modules": ["q_proj", "v_proj"], "output_source": "hidden_states"},
     "one layer": {"layers_to_transform": [1]},
+    "alphas of projections": {"alpha_pattern": {r"layers\.0\.self_attn\.[qv]_proj": 3, "o_proj": 0.5}},
     "embeddings": {"modules_to_save": ["lm_head"], "trainable_token_indices": [4, 9]},
 }
 

@@ -112,7 +112,7 @@ class PTEAttention(nn.Module, MambaBase):
         names = {name.removeprefix(own) for name in weight_names(self.served.folder) if name.startswith(own)}
         self.thought_encoder: ThoughtEncoder | None = None
         self.low_rank = nn.ModuleDict()
-        self.scaling = config.pte_alpha / config.r
+        self.scaling = {name: config.scaling_of(f"{own}{name}") for name in (*READERS, "o_proj")}
         self.asks_with_input = config.output_source == "hidden_states"  # of the module, at the output projection
         if not names:
             return
@@ -177,20 +177,21 @@ class PTEAttention(nn.Module, MambaBase):
         self, names: tuple[str, ...], asked: torch.Tensor, bases: list[torch.Tensor], state: torch.Tensor
     ) -> list[torch.Tensor]:
         """`bases` [B, T, out] of projections of one input, with the update of those that are adapted (Eq. 5)."""
-        layers = {index: self.low_rank[name] for index, name in enumerate(names) if name in self.low_rank}
-        if not layers:
-            return bases
-        results = low_rank_update(
-            asked,
-            [bases[index] for index in layers],
-            state,
-            [layer.A for layer in layers.values()],
-            [layer.B for layer in layers.values()],
-            self.scaling,
-            getattr(next(iter(layers.values())), "gate", None),
-        )
-        updated = dict(zip(layers, results))
-        return [updated.get(index, base) for index, base in enumerate(bases)]
+        updated = dict(zip(names, bases))
+        for scaling in dict.fromkeys(self.scaling[name] for name in names if name in self.low_rank):
+            together = [name for name in names if name in self.low_rank and self.scaling[name] == scaling]
+            layers = [self.low_rank[name] for name in together]
+            results = low_rank_update(
+                asked,
+                [updated[name] for name in together],
+                state,
+                [layer.A for layer in layers],
+                [layer.B for layer in layers],
+                scaling,
+                getattr(layers[0], "gate", None),
+            )
+            updated.update(zip(together, results))
+        return list(updated.values())
 
     def _attend(
         self,

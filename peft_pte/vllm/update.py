@@ -19,6 +19,7 @@ FIXED_FIELDS = (
     "r",
     "num_global_tokens",
     "pte_alpha",
+    "alpha_pattern",
     "window_size",
     "eviction_ratio",
     "eviction_policy",

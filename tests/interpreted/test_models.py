@@ -31,6 +31,7 @@ CONFIGS: list[dict[str, Any]] = [
     dict(state_norm="read", encode_keys="post_rope"),
     dict(state_norm="none", write_gate=True),
     dict(state_update="sum", state_norm="bound"),
+    dict(alpha_pattern={"k_proj": 3, r"1\.self_attn\.v_proj": 0.5}),
 ]
 
 

@@ -28,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_global_tokens": 0,
         "write_gate": True,
     },
+    "alphas of projections": {"alpha_pattern": {"k_proj": 1, r"layers\.1\.self_attn\.o_proj": 5}},
     "some layers": {"layers_to_transform": [1], "output_source": "attention_output", "output_gate": True},
 }
 
