@@ -115,7 +115,8 @@ class TokenTable(nn.Embedding):
     """
 
     def forward(self) -> torch.Tensor:
-        return self.weight.to(state_dtype(self.weight))
+        # A copy: ZeRO-3 empties the weight after the call, and whatever is the weight itself with it.
+        return self.weight.to(state_dtype(self.weight), copy=True)
 
 
 class ThoughtEncoder(nn.Module, PTELayer):
