@@ -14,6 +14,7 @@ from .encoder import ThoughtEncoder  # noqa: E402
 from .hooks.window import window  # noqa: E402
 from .layer import Linear, PTELayer  # noqa: E402
 from .model import PTEModel  # noqa: E402
+from .pretrained import pretrained_config  # noqa: E402
 from .replay.distillation import distillation_loss, sequence_divergence  # noqa: E402
 from .replay.heads import sequence_logprobs, sequence_loss  # noqa: E402
 from .replay.transfer import attention_loss, record_attention  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "attention_loss",
     "distillation_loss",
     "export_lora",
+    "pretrained_config",
     "record_attention",
     "sequence_divergence",
     "sequence_logprobs",

@@ -21,6 +21,7 @@ LEVELS = [
     ["replay"],
     ["hooks"],
     ["model", "static"],
+    ["pretrained"],
     ["__init__"],
     ["lm_eval", "vllm"],
     ["trainers"],

@@ -20,7 +20,7 @@ from candidates import (
     with_length_as_gate,
     with_neighbour_from_the_start,
 )
-from peft_pte import PTEConfig
+from peft_pte import PTEConfig, pretrained_config
 from shared import states_swapped, states_zeroed
 from variants import with_gate, with_orthogonal_query, with_transposed_read, with_values_scaled
 
@@ -39,6 +39,7 @@ class Arm:
     arm is trained and evaluated. `answer`: another way to read streams (baselines.py), in PTE's bytes: (model,
     stream, length of the prompt, tokens that fit) -> NLL and correctness of what is scored. `distilled`: learns without
     labels from the base with its full cache, on all tokens after the first eviction, instead of from the answers.
+    `update_scale`: scalings of the layers in proportion to the base's outputs (`pretrained_config`).
     `transfer`: before that, so many batches of attention transfer, which knows no labels either.
     """
 
@@ -52,6 +53,7 @@ class Arm:
     answer: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     distilled: bool = False
     transfer: int = 0
+    update_scale: float | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -137,6 +139,7 @@ CHECKPOINT: dict[str, Arm] = {
     "PTE, outputs of all layers, gate of writes, starts as attention": replace(
         pte(**OUTPUTS, **GATE, **START), scaling=12.0
     ),
+    "PTE, pretrained_config": Arm("pte", windowed=True, update_scale=8.0),
 }
 CHECKPOINT |= {
     f"{name}, {how}": replace(arm, **changes)
@@ -205,8 +208,10 @@ def adapt(
     if not arm.windowed:
         return base
     if arm.adapter == "pte":
-        shared = dict(r=rank, pte_alpha=rank * scaling, num_global_tokens=rank // 2)
-        return with_window(base, window_size, **(shared | arm.settings | cache))
+        settings = dict(r=rank, pte_alpha=rank * scaling, num_global_tokens=rank // 2) | arm.settings | cache
+        if arm.update_scale is None:
+            return with_window(base, window_size, **settings)
+        return get_peft_model(base, pretrained_config(base, arm.update_scale, **bounded(window_size), **settings))
     # The bounded cache alone: a PTE adapter that is switched to nothing (A = 0, frozen).
     model = with_window(base, window_size, r=1, num_global_tokens=1, state_update="none", **cache)
     for name, parameter in model.named_parameters():
@@ -215,10 +220,12 @@ def adapt(
 
 
 def with_window(base: torch.nn.Module, window_size: int, **settings: Any) -> PeftModel:
-    return get_peft_model(
-        base,
-        PTEConfig(task_type="CAUSAL_LM", window_size=window_size, eviction_ratio=EVICTION_RATIO, **settings),
-    )
+    return get_peft_model(base, PTEConfig(**bounded(window_size), **settings))
+
+
+def bounded(window_size: int) -> dict[str, Any]:
+    """Fields that all arms under the window share."""
+    return dict(task_type="CAUSAL_LM", window_size=window_size, eviction_ratio=EVICTION_RATIO)
 
 
 CONTROLS = {"states swapped": states_swapped, "states zeroed": states_zeroed}
