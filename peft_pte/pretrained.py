@@ -29,7 +29,7 @@ def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any)
     Args:
         base: a transformers model with its weights, without adapters.
         update_scale: larger ones learn sooner, and may let gradients explode.
-        fields: of `PTEConfig`, beside these or instead of them.
+        fields: of `PTEConfig`, beside these or instead of them; `pte_alpha` or `alpha_pattern` replace what is measured.
 
     Raises:
         ValueError: `base` has adapters, or its weights are sharded or on `meta`; `update_scale` is not positive; or
@@ -59,7 +59,7 @@ def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any)
         target_modules={name.rpartition(".")[2] for name in outputs}, write_gate=True, init_weights="attention"
     )
     config = PTEConfig(**(settings | fields))
-    if "alpha_pattern" not in fields:
+    if not fields.keys() & {"pte_alpha", "alpha_pattern"}:
         layers = config.layers_to_transform
         wanted = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
         config.alpha_pattern = {

@@ -71,7 +71,9 @@ def test_fields_come_beside_these_or_instead() -> None:
     (name, alpha), (usual_name, usual_alpha) = *last.alpha_pattern.items(), list(usual.alpha_pattern.items())[1]
     assert name == usual_name and alpha == pytest.approx(usual_alpha * 16 / 8 * 8 / usual.r, rel=0.01)
     assert pretrained_config(base, layers_to_transform=1).alpha_pattern.keys() == {name}
-    assert not pretrained_config(base, alpha_pattern={}, write_gate=False).alpha_pattern
+    for own in (dict(alpha_pattern={"o_proj": 3}), dict(pte_alpha=3)):
+        config = pretrained_config(base, write_gate=False, **own)
+        assert config.scaling_of("model.layers.0.self_attn.o_proj") == 3 / config.r and not config.write_gate
     wide = pretrained_config(base, target_modules=["q_proj", "o_proj"])
     assert wide.scaling_of("model.layers.0.self_attn.q_proj") == PTEConfig().pte_alpha / wide.r
     get_peft_model(base, wide)

@@ -208,9 +208,9 @@ def adapt(
     if not arm.windowed:
         return base
     if arm.adapter == "pte":
-        settings = dict(r=rank, pte_alpha=rank * scaling, num_global_tokens=rank // 2) | arm.settings | cache
+        settings = dict(r=rank, num_global_tokens=rank // 2) | arm.settings | cache
         if arm.update_scale is None:
-            return with_window(base, window_size, **settings)
+            return with_window(base, window_size, pte_alpha=rank * scaling, **settings)
         return get_peft_model(base, pretrained_config(base, arm.update_scale, **bounded(window_size), **settings))
     # The bounded cache alone: a PTE adapter that is switched to nothing (A = 0, frozen).
     model = with_window(base, window_size, r=1, num_global_tokens=1, state_update="none", **cache)
