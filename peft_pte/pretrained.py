@@ -29,7 +29,8 @@ def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any)
     Args:
         base: a transformers model with its weights, without adapters.
         update_scale: larger ones learn sooner, and may let gradients explode.
-        fields: of `PTEConfig`, beside these or instead of them; `pte_alpha` or `alpha_pattern` replace what is measured.
+        fields: of `PTEConfig`, beside these or instead of them; `pte_alpha` or `alpha_pattern` instead of what is
+            measured.
 
     Raises:
         ValueError: `base` has adapters, or its weights are sharded or on `meta`; `update_scale` is not positive; or
