@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -25,6 +26,7 @@ def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any)
     base's attention adds to the residual stream is tens of times larger in some layers than in others, and an update of
     one size for all moves nothing in some of them: so `alpha_pattern` makes the scaling of each layer `update_scale`
     times the root mean square of what its output projection gives. For this the base runs once, over 256 random tokens.
+    In a process group all processes call this, and have what the first one measures.
 
     Args:
         base: a transformers model with its weights, without adapters.
@@ -108,4 +110,7 @@ def output_sizes(base: nn.Module, projections: dict[str, nn.Module]) -> dict[str
             module.training = True
         for hook in hooks:
             hook.remove()
-    return {name: sizes[name].item() for name in projections}
+    found = [{name: sizes[name].item() for name in projections}]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(found)  # their rounding may differ, but not their policies
+    return found[0]

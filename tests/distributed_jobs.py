@@ -14,7 +14,7 @@ from processes import group
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from peft_pte import attention_loss, distillation_loss, sequence_logprobs
+from peft_pte import attention_loss, distillation_loss, pretrained_config, sequence_logprobs
 
 LOSSES = dict(distillation=distillation_loss, attention=attention_loss)
 Rows = list[tuple[int, int]]  # tokens of the prompt and of the whole row, for each row
@@ -124,6 +124,15 @@ def generate(rank: int, world: int, folder: Path, prompts: list[tuple[int, int]]
             refused = str(error)
         register_fsdp_forward_method(model, "generate")
         torch.save((expected, model.generate(**options), refused), folder / f"results-{rank}.pt")
+
+
+def configure(rank: int, world: int, folder: Path) -> None:
+    """One process whose base is not quite that of the others."""
+    with group(rank, world, folder):
+        base = tiny_model("llama")
+        for parameter in base.parameters():
+            parameter.data *= 1 + rank / 10
+        torch.save(pretrained_config(base).alpha_pattern, folder / f"results-{rank}.pt")
 
 
 def work(rank: int, world: int, folder: Path, strategy: str, cases: list[Case]) -> None:

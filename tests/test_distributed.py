@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_jobs import Case, build, generate, loss_of, work
+from distributed_jobs import Case, build, configure, generate, loss_of, work
+from models import tiny_model
 from processes import run_group
+
+from peft_pte import pretrained_config
 
 # Tokens of prompts and of whole rows. With a window of 6 the batches are computed in 8, 3 and 1 segments.
 LONG, SHORT, FITS = [(4, 30), (6, 22)], [(5, 14), (3, 12)], [(4, 9), (3, 7)]
@@ -67,3 +70,9 @@ def test_generate_on_a_sharded_model(tmp_path: Path) -> None:
         expected, found, refused = torch.load(tmp_path / f"results-{rank}.pt")
         assert torch.equal(found, expected)
         assert "register_fsdp_forward_method(model, 'generate')" in refused
+
+
+def test_a_measured_configuration_is_that_of_the_first_process(tmp_path: Path) -> None:
+    run_group(2, configure, tmp_path)
+    expected = pretrained_config(tiny_model("llama")).alpha_pattern
+    assert [torch.load(tmp_path / f"results-{rank}.pt") for rank in range(2)] == [expected] * 2
