@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .config import PTEConfig
@@ -35,8 +36,8 @@ def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any)
             measured.
 
     Raises:
-        ValueError: `base` has adapters, or its weights are sharded or on `meta`; `update_scale` is not positive; or
-            what `PTEConfig` refuses.
+        ValueError: `base` has adapters, its weights are sharded or on `meta`, or its outputs zero or not finite;
+            `update_scale` is not positive; or what `PTEConfig` refuses.
 
     Example:
 
@@ -57,19 +58,19 @@ def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any)
             f"pretrained_config: `base` is a {type(base).__name__} whose weights are sharded, or on `meta`, but it is "
             "to be run: call this on a model that is loaded whole, and keep the configuration."
         )
-    outputs = dict(output_projections(find_decoder(base)))
+    decoder = find_decoder(base)
+    outputs = dict(output_projections(decoder))
     settings: dict[str, Any] = dict(
         target_modules={name.rpartition(".")[2] for name in outputs}, write_gate=True, init_weights="attention"
     )
     config = PTEConfig(**(settings | fields))
     if not fields.keys() & {"pte_alpha", "alpha_pattern"}:
-        layers = config.layers_to_transform
-        wanted = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        before = next(f"{name}." if name else "" for name, module in base.named_modules() if module is decoder)
         config.alpha_pattern = {
             # Three digits are enough, and can be read.
             re.escape(name): float(f"{config.r * update_scale * size:.3g}")
-            for (name, size), index in zip(output_sizes(base, outputs).items(), map(layer_index, outputs))
-            if wanted is None or index in wanted
+            for name, size in output_sizes(base, outputs).items()
+            if check_target_module_exists(config, before + name)
         }
     return config
 
@@ -82,14 +83,13 @@ def output_projections(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{path}.{name}", child
 
 
-def layer_index(name: str) -> int:
-    """3 for `layers.3.self_attn.o_proj`."""
-    return int(name.split(".")[1])
-
-
 @torch.no_grad()
 def output_sizes(base: nn.Module, projections: dict[str, nn.Module]) -> dict[str, float]:
-    """The root mean square of what each of them gives over random tokens, which differs little from that over text."""
+    """The root mean square of what each of them gives over random tokens, which differs little from that over text.
+
+    Raises:
+        ValueError: it is zero, or not finite.
+    """
     decoder, sizes = find_decoder(base), {}
     size = base.get_input_embeddings().num_embeddings
     ids = torch.randint(size, (NUM_ROWS, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
@@ -111,6 +111,12 @@ def output_sizes(base: nn.Module, projections: dict[str, nn.Module]) -> dict[str
         for hook in hooks:
             hook.remove()
     found = [{name: sizes[name].item() for name in projections}]
+    for name, value in found[0].items():
+        if not 0 < value < math.inf:
+            raise ValueError(
+                f"pretrained_config: '{name}' of `base` gives outputs of a root mean square of {value}, so there is no "
+                "scale to take from them: load the weights first, in a dtype that holds them, or give `pte_alpha`."
+            )
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(found)  # their rounding may differ, but not their policies
     return found[0]

@@ -74,6 +74,10 @@ def test_fields_come_beside_these_or_instead() -> None:
     for own in (dict(alpha_pattern={"o_proj": 3}), dict(pte_alpha=3)):
         config = pretrained_config(base, write_gate=False, **own)
         assert config.scaling_of("model.layers.0.self_attn.o_proj") == 3 / config.r and not config.write_gate
+    assert pretrained_config(base, exclude_modules=[r"model.layers.0.self_attn.o_proj"]).alpha_pattern.keys() == {name}
+    queries = pretrained_config(base, target_modules=["q_proj"], init_weights=True)
+    assert not queries.alpha_pattern
+    get_peft_model(tiny_model("qwen2"), queries)
     wide = pretrained_config(base, target_modules=["q_proj", "o_proj"])
     assert wide.scaling_of("model.layers.0.self_attn.q_proj") == PTEConfig().pte_alpha / wide.r
     get_peft_model(base, wide)
@@ -89,6 +93,17 @@ def test_fields_come_beside_these_or_instead() -> None:
 def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pretrained_config(tiny_model("llama"), **options)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_outputs_without_a_scale(value: float) -> None:
+    base = tiny_model("llama")
+    base.model.layers[1].self_attn.o_proj.weight.data.fill_(value)
+    with pytest.raises(
+        ValueError, match="'layers.1.self_attn.o_proj' of `base` gives outputs of a root mean square of"
+    ):
+        pretrained_config(base)
+    assert pretrained_config(base, pte_alpha=4).pte_alpha == 4
 
 
 def test_only_a_base_that_can_be_run() -> None:
