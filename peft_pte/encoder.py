@@ -14,7 +14,7 @@ from peft_pte_kernels import reference
 from peft_pte_kernels.reference import normalize_state, unit_rows
 
 from .config import PTEConfig
-from .layer import PTELayer, device_of, is_fused
+from .layer import PTELayer, device_of, is_fused, is_sharded_tensor
 from .rotary import KeyPositions
 
 # Must not contain the prefix "pte_": PEFT's delete_adapter passes over modules whose name does.
@@ -115,8 +115,8 @@ class TokenTable(nn.Embedding):
     """
 
     def forward(self) -> torch.Tensor:
-        # A copy: ZeRO-3 empties the weight after the call, and whatever is the weight itself with it.
-        return self.weight.to(state_dtype(self.weight), copy=True)
+        # ZeRO-3 empties the weight after the call, and what would be the weight itself with it.
+        return self.weight.to(state_dtype(self.weight), copy=is_sharded_tensor(self.weight))
 
 
 class ThoughtEncoder(nn.Module, PTELayer):
