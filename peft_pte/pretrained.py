@@ -20,7 +20,10 @@ from .model import hidden_size_at, is_linear
 NUM_ROWS, NUM_TOKENS, FIRST = 2, 128, 4  # random tokens, and how many of a row are left out: first ones draw attention
 
 
-def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any) -> PTEConfig:
+UPDATE_SCALE = 8.0
+
+
+def pretrained_config(base: nn.Module, update_scale: float = UPDATE_SCALE, **fields: Any) -> PTEConfig:
     """The configuration with which a pretrained base learned facts soonest (docs/evidence.md).
 
     The output projections of all layers are adapted, with `write_gate=True` and `init_weights="attention"`. What the
@@ -48,6 +51,12 @@ def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any)
     """
     if not update_scale > 0:
         raise ValueError(f"pretrained_config: `update_scale` is {update_scale!r}, but must be a positive number.")
+    own = sorted(fields.keys() & {"pte_alpha", "alpha_pattern"})
+    if own and update_scale != UPDATE_SCALE:
+        raise ValueError(
+            f"pretrained_config: `update_scale` is {update_scale!r}, but `{own[0]}` is given too, instead of what is "
+            "measured: leave one of them out."
+        )
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError(
             f"pretrained_config: `base` is a {type(base).__name__} with adapters, but must be the base model as it is: "
@@ -64,12 +73,12 @@ def pretrained_config(base: nn.Module, update_scale: float = 8.0, **fields: Any)
         target_modules={name.rpartition(".")[2] for name in outputs}, write_gate=True, init_weights="attention"
     )
     config = PTEConfig(**(settings | fields))
-    if not fields.keys() & {"pte_alpha", "alpha_pattern"}:
+    if not own:
         before = next(f"{name}." if name else "" for name, module in base.named_modules() if module is decoder)
         config.alpha_pattern = {
             # Three digits are enough, and can be read.
             re.escape(name): float(f"{config.r * update_scale * size:.3g}")
-            for name, size in output_sizes(base, outputs).items()
+            for name, size in output_sizes(decoder, outputs).items()
             if check_target_module_exists(config, before + name)
         }
     return config
@@ -84,15 +93,14 @@ def output_projections(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def output_sizes(base: nn.Module, projections: dict[str, nn.Module]) -> dict[str, float]:
+def output_sizes(decoder: nn.Module, projections: dict[str, nn.Module]) -> dict[str, float]:
     """The root mean square of what each of them gives over random tokens, which differs little from that over text.
 
     Raises:
         ValueError: it is zero, or not finite.
     """
-    decoder, sizes = find_decoder(base), {}
-    size = base.get_input_embeddings().num_embeddings
-    ids = torch.randint(size, (NUM_ROWS, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
+    sizes, embedding = {}, decoder.get_input_embeddings()
+    ids = torch.randint(embedding.num_embeddings, (NUM_ROWS, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
 
     def note(name: str) -> Any:
         def noted(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -101,10 +109,10 @@ def output_sizes(base: nn.Module, projections: dict[str, nn.Module]) -> dict[str
         return noted
 
     hooks = [module.register_forward_hook(note(name)) for name, module in projections.items()]
-    trained = [module for module in base.modules() if module.training]
+    trained = [module for module in decoder.modules() if module.training]
     try:
-        base.eval()
-        decoder(input_ids=ids.to(device_of(base.get_input_embeddings())), use_cache=False)
+        decoder.eval()
+        decoder(input_ids=ids.to(device_of(embedding)), use_cache=False)
     finally:
         for module in trained:
             module.training = True

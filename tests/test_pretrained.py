@@ -87,6 +87,7 @@ def test_fields_come_beside_these_or_instead() -> None:
     "options, message",
     [
         (dict(update_scale=0), "`update_scale` is 0, but must be a positive number"),
+        (dict(update_scale=4, pte_alpha=4), "`update_scale` is 4, but `pte_alpha` is given too"),
         (dict(window_size=0), "`window_size` is 0, but must be"),
     ],
 )
