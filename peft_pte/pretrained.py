@@ -17,10 +17,8 @@ from .families import attention_modules, find_decoder
 from .layer import device_of, is_sharded_tensor
 from .model import hidden_size_at, is_linear
 
-NUM_ROWS, NUM_TOKENS, FIRST = 2, 128, 4  # random tokens, and how many of a row are left out: first ones draw attention
-
-
 UPDATE_SCALE = 8.0
+NUM_ROWS, NUM_TOKENS, FIRST = 2, 128, 4  # random tokens, and how many of a row are left out: first ones draw attention
 
 
 def pretrained_config(base: nn.Module, update_scale: float = UPDATE_SCALE, **fields: Any) -> PTEConfig:
