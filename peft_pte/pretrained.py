@@ -117,12 +117,12 @@ def output_sizes(decoder: nn.Module, projections: dict[str, nn.Module]) -> dict[
         for hook in hooks:
             hook.remove()
     found = [{name: sizes[name].item() for name in projections}]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(found)  # their rounding may differ, but not their policies
     for name, value in found[0].items():
         if not 0 < value < math.inf:
             raise ValueError(
                 f"pretrained_config: '{name}' of `base` gives outputs of a root mean square of {value}, so there is no "
                 "scale to take from them: load the weights first, in a dtype that holds them, or give `pte_alpha`."
             )
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(found)  # their rounding may differ, but not their policies
     return found[0]

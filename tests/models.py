@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from typing import Any
 
 import torch
@@ -86,3 +88,14 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference of log-probabilities, relative to the largest log-probability."""
     actual, expected = actual.detach().log_softmax(-1), expected.detach().log_softmax(-1)
     return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def through_pickle(cache: Any) -> Any:
+    return pickle.loads(pickle.dumps(cache))
+
+
+def through_file(cache: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, decode, relative_error, tiny_model, with_adapter
+from models import FAMILIES, decode, relative_error, through_file, tiny_model, with_adapter
 from test_policy import Case, cases, reference_logits
 from test_training import assert_same, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -219,17 +218,6 @@ def staggered(
     for row in range(batch_size):
         mask[row, :row] = 0
     return model, ids, mask
-
-
-def through_pickle(cache: PTECache) -> PTECache:
-    return pickle.loads(pickle.dumps(cache))
-
-
-def through_file(cache: PTECache) -> PTECache:
-    file = io.BytesIO()
-    torch.save(cache, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("inference", [False, True])

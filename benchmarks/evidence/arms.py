@@ -123,19 +123,14 @@ CANDIDATES: dict[str, Arm] = {
 OUTPUTS: dict[str, Any] = dict(target_modules=["o_proj"])
 MIDDLE = OUTPUTS | dict(layers_to_transform=list(range(14, 24)))
 GATE, START = dict(write_gate=True), dict(init_weights="attention")
+BY_HAND = replace(pte(**MIDDLE, **GATE, **START), scaling=12.0)
 CHECKPOINT: dict[str, Arm] = {
-    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention": replace(
-        pte(**MIDDLE, **GATE, **START), scaling=12.0
-    ),
+    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention": BY_HAND,
     "PTE, outputs of layers 14 to 23": replace(pte(**MIDDLE), scaling=12.0),
     "PTE, outputs of layers 14 to 23, gate of writes": replace(pte(**MIDDLE, **GATE), scaling=12.0),
     "PTE, outputs of layers 14 to 23, starts as attention": replace(pte(**MIDDLE, **START), scaling=12.0),
-    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention, scaling 4": replace(
-        pte(**MIDDLE, **GATE, **START), scaling=4.0
-    ),
-    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention, scaling 24": replace(
-        pte(**MIDDLE, **GATE, **START), scaling=24.0
-    ),
+    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention, scaling 4": replace(BY_HAND, scaling=4.0),
+    "PTE, outputs of layers 14 to 23, gate of writes, starts as attention, scaling 24": replace(BY_HAND, scaling=24.0),
     "PTE, outputs of all layers, gate of writes, starts as attention": replace(
         pte(**OUTPUTS, **GATE, **START), scaling=12.0
     ),

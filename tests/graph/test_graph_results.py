@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import sys
 import threading
 
 import pytest
 import torch
-from models import FAMILIES, RELATIVES, decode, relative_error, tiny_model, with_adapter
+from models import FAMILIES, RELATIVES, decode, relative_error, through_file, through_pickle, tiny_model, with_adapter
 from replays import GREEDY, MODES, Replaying, Words, assert_alike, batch, left_padded, tokens
 from transformers import DynamicCache
 
@@ -202,17 +200,6 @@ def test_rows_are_selected(replaying, model, kind: str) -> None:
 
     continued(replaying, model, change)
     assert replaying.captures == (1 if kind == "reorder" else 2)  # another number of rows needs another graph
-
-
-def through_pickle(cache: PTECache) -> PTECache:
-    return pickle.loads(pickle.dumps(cache))
-
-
-def through_file(cache: PTECache) -> PTECache:
-    file = io.BytesIO()
-    torch.save(cache, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_file])
