@@ -18,6 +18,7 @@ from test_distributed import LONG, SHORT, run
 from test_policy import Case, cases, left_padded, right_padded
 from test_training import assert_same, gradients
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pte import PTECache, attention_loss, record_attention, window
 
@@ -172,6 +173,30 @@ def test_a_record_serves_several_steps() -> None:
         losses.append(loss.item())
     assert torch.equal(record_attention(model, IDS, mask), record)
     assert losses[-1] < of_base * 0.8 and losses[-1] < losses[0]
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is written to memory of its own and has at least `size` numbers."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.storages = size, set[int]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= self.size * result.element_size():
+            self.storages.add(result.untyped_storage().data_ptr())
+        return result
+
+
+def test_a_record_is_never_held_twice() -> None:
+    """It is larger than anything else: neither modules' parts nor tokens in another order are copied all at once."""
+    model = with_adapter(tiny_model("llama", num_hidden_layers=12), window_size=6)
+    ids, mask = IDS.repeat(1, 4), torch.ones(2, 100, dtype=torch.long)
+    mask[0, :7] = 0
+    with Copies(record_attention(model, ids, mask).numel()) as copies:
+        record_attention(model, ids, mask)
+    assert len(copies.storages) == 1
 
 
 def test_bad_input() -> None:

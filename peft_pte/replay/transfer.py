@@ -151,35 +151,69 @@ def record_attention(
 
     Returns:
         [B, T, adapted layers, 2, D] in the model's dtype, without gradients; on padding it means nothing. Large:
-        4 D bytes for each token and layer in half precision.
+        4 D bytes for each token and layer in half precision. With `gradient="truncated"` or `offload=True` it is in
+        host memory, where each layer's part goes as soon as it is there.
 
     Raises:
         ValueError: the model has no PTE adapter.
     """
     attentions = adapted_attentions(attachment_in(model).decoder)
-    record: list[torch.Tensor] = []
-
-    def note(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        record.append(torch.stack([given, output[0]], 2))
-
-    handles = [attention.register_forward_hook(note, with_kwargs=True) for attention in attentions.values()]
+    if not attentions:
+        raise ValueError("`model` has no active PTE adapter: choose one with `set_adapter`.")
+    recording = Recording(len(attentions), waits_on_host(model))
+    handles = [
+        attention.register_forward_hook(functools.partial(recording.note, place), with_kwargs=True)
+        for place, attention in enumerate(attentions.values())
+    ]
     try:
         _, order = base_in_front(model, input_ids, attention_mask)
     finally:
         for handle in handles:
             handle.remove()
-    if not record:
-        raise ValueError("`model` has no active PTE adapter: choose one with `set_adapter`.")
-    found = torch.stack(record, 2)
-    return found if order is None else gathered(found, order.argsort(dim=1))
+    return recording.finished(order)
+
+
+class Recording:
+    """What `record_attention` gives, filled as modules run: nothing is held twice, not even while it is made."""
+
+    parts: torch.Tensor  # [layers, 2, B, T, D]: a module's input or output is one piece of memory
+
+    def __init__(self, num_layers: int, on_host: bool):
+        self.num_layers, self.on_host = num_layers, on_host
+
+    def note(self, place: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook of the module at `place` among those that are adapted."""
+        pair = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]), output[0]
+        if not hasattr(self, "parts"):
+            dtype = torch.promote_types(pair[0].dtype, pair[1].dtype)  # they differ under autocast
+            device = torch.device("cpu") if self.on_host else pair[0].device
+            pinned = self.on_host and pair[0].is_cuda
+            shape = self.num_layers, 2, *pair[0].shape
+            self.parts = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+        for part, values in zip(self.parts[place], pair):
+            part.copy_(values)
+
+    def finished(self, order: torch.Tensor | None) -> torch.Tensor:
+        """The record [B, T, layers, 2, D], tokens where they were before they were put in `order`."""
+        if order is not None:
+            for part in self.parts.flatten(0, 1):
+                part.copy_(gathered(part, order.argsort(dim=1)))
+        return self.parts.permute(2, 3, 0, 1, 4)
+
+
+def waits_on_host(model: nn.Module) -> bool:
+    """Whether what grows with the sequence is kept in host memory."""
+    policy = policy_of(model)
+    return policy.offload or policy.gradient == "truncated"
 
 
 def mean_squares(outputs: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
     """Of each layer's outputs [B, T, layers, D], over the tokens that are compared [B, T] (bool): [layers]."""
     dtype, count = state_dtype(outputs), compared.sum().clamp(min=1)
-    # Layer by layer, since a copy in float32 of all of them would be twice as large as the record.
-    sums = [(of_layer.to(dtype).square().mean(-1) * compared).sum() for of_layer in outputs.unbind(2)]
+    # Layer by layer, since a copy in float32 of all of them would be twice as large as the record, and may not fit the
+    # device at all.
+    layers = (of_layer.to(compared.device).to(dtype) for of_layer in outputs.unbind(2))
+    sums = [(of_layer.square().mean(-1) * compared).sum() for of_layer in layers]
     return (torch.stack(sums) / count).clamp(min=torch.finfo(dtype).tiny)
 
 
@@ -235,9 +269,8 @@ def attention_loss(
             f"`record` has shape {tuple(record.shape)}, but must be {[*expected, 'hidden size']}: what "
             "`record_attention` gives for the same batch and adapter."
         )
-    scales = mean_squares(record[..., 1, :], needed.to(record.device))
-    policy = policy_of(model)
-    if torch.is_grad_enabled() and (policy.offload or policy.gradient == "truncated"):
+    scales = mean_squares(record[..., 1, :], needed)
+    if torch.is_grad_enabled() and record.device.type != "cpu" and waits_on_host(model):
         record = segments.host_copy(record)
     values, _ = asked(model, TransferHead(record, needed, scales), input_ids, attention_mask, prompt_lengths)
     valid = torch.ones_like(needed) if attention_mask is None else attention_mask.to(needed.device).bool()
