@@ -148,7 +148,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config", **fields, help="fields of PTEConfig, instead of those of `pretrained_config`")
     add("--gradient", choices=["full", "truncated"], default="full", help="truncated: constant memory")
     add("--steps", type=int, default=1000)
-    add("--attention-steps", type=int, default=0, help="of them the first ones, in which each layer learns alone")
+    alone = "of them the first ones, in which each layer learns alone (a fifth; none under FSDP and DeepSpeed)"
+    add("--attention-steps", type=int, help=alone)
     add("--batch-size", type=int, default=8, help="rows a step, for each process")
     add("--learning-rate", type=float, default=1e-3)
     add("--max-length", type=int, default=4096, help="rows are cut off after so many tokens")
@@ -206,7 +207,7 @@ def make_trainer(options: argparse.Namespace, rows: list[Row]) -> PTEDistillatio
         warmup_steps=options.steps // 20,
         per_device_train_batch_size=options.batch_size,
         max_steps=options.steps,
-        attention_steps=options.attention_steps,
+        attention_steps=options.steps // 5 if options.attention_steps is None else options.attention_steps,
         logging_steps=max(1, options.steps // 10),  # such a step asks the windowed base, too
         save_steps=options.save_steps,
         save_total_limit=2,
@@ -214,7 +215,10 @@ def make_trainer(options: argparse.Namespace, rows: list[Row]) -> PTEDistillatio
         use_cpu=not cuda,
         report_to="none",
     )
-    return PTEDistillationTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+    trainer = PTEDistillationTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+    if options.attention_steps is None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        settings.attention_steps = 0  # parameters may be sharded, and are then gathered for whole layers only
+    return trainer
 
 
 def evaluate(

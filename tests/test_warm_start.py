@@ -184,6 +184,27 @@ def test_data_that_cannot_be_used_is_refused_first(tmp_path: Path, lines: str, s
     assert said in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_a_fifth_of_the_steps_is_attention_transfer(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them where parameters may be sharded, so that one command serves all ways to launch."""
+    row = dict(text=words(0, 20))
+
+    def steps(*more: object) -> int:
+        given = options(base, tmp_path / "none", tmp_path / "out", "--retained-prefix", 2, "--steps", 10, *more)
+        return warm_start.make_trainer(warm_start.arguments(given), [row]).args.attention_steps
+
+    assert [steps(), steps("--attention-steps", 7)] == [2, 7]
+
+    class Sharded(warm_start.PTEDistillationTrainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(warm_start, "PTEDistillationTrainer", Sharded)
+    assert [steps(), steps("--attention-steps", 7)] == [0, 7]
+
+
 def test_options_that_cannot_be_used_are_refused(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
