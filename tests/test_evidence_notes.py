@@ -209,6 +209,29 @@ def test_arms_run_and_are_reported(folder: Path, tmp_path: Path) -> None:
         evidence("--task", "recall", *command[2:])
 
 
+def test_a_table_tells_streams_and_scaling_of_each_row(folder: Path, tmp_path: Path) -> None:
+    """Also one that goes on from a table which told less."""
+    command = ["--task", "notes", "--checkpoint", folder, "--output", tmp_path, "--seeds", 0, "--processes", 1]
+    evidence(*command, "--quick", "--evaluated", 8, "--arms", "base, windowed")
+    path = tmp_path / "notes.csv"
+    before = [{k: v for k, v in row.items() if k != "streams"} for row in csv.DictReader(path.open())]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(before[0]))
+        writer.writeheader()
+        writer.writerows(before)
+    evidence(*command, "--quick", "--evaluated", 8, "--arms", "PTE, scaling 2")
+    rows = list(csv.DictReader(path.open()))
+    old = [row for row in rows if row["arm"] == "base, windowed"]
+    new = [row for row in rows if row["arm"] == "PTE, scaling 2"]
+    assert old == [row | dict(streams="") for row in before]
+    # A quarter of the streams on the way, and at the distance that no base was trained for.
+    assert {(row["step"] == "20" and row["distance"] != "64", row["streams"]) for row in new} == {
+        (True, "8"),
+        (False, "2"),
+    }
+    assert {row["scaling"] for row in new} == {"2.0"}
+
+
 def test_rl_asks_for_the_digits(folder: Path, tmp_path: Path) -> None:
     """Prompts are a stream's text up to the first number that is scored, and split as the stream is; it runs."""
     settings = Settings.of("ledger", folder)

@@ -48,7 +48,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     rows = sorted(rows, key=lambda row: (list(ARMS).index(row["arm"]), int(row["seed"])))
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        names = list(dict.fromkeys(name for row in rows for name in row))  # older rows may tell less
+        writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)

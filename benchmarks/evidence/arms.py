@@ -59,6 +59,10 @@ class Arm:
     def is_trained(self) -> bool:
         return self.adapter != "none"
 
+    def scaling_among(self, usual: float) -> float | str:
+        """What a table says of the scaling, where that of other arms is `usual`."""
+        return f"{self.update_scale} x base" if self.update_scale else self.scaling or usual
+
     def slower_by(self, parameter: str) -> float:
         return next((factor for part, factor in self.slower.items() if part in parameter), 1.0)
 

@@ -240,10 +240,8 @@ def evaluate(
                 _, nll, hits = loss_and_hits(model, stream, task.prompt_length, arm.windowed, cache)
         hits = hits.all(1) if task.whole_answers else hits
         values = dict(accuracy=round(hits.float().mean().item(), 4), nll=round(nll.mean().item(), 4))
-        norms = state_norms(cache)
-        rows.append(
-            dict(control=control, distance=distance, evictions=evictions(stream, task, settings), **values, **norms)
-        )
+        about = dict(control=control, distance=distance, evictions=evictions(stream, task, settings), streams=len(hits))
+        rows.append(about | values | state_norms(cache))
     return rows
 
 
@@ -352,7 +350,7 @@ def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[st
     about["seconds"] = round(time.time() - start)
     if unfinished:
         unfinished.path.unlink(missing_ok=True)
-    return [about | row | about_training(settings) for row in rows]
+    return [about | row | about_training(settings) | dict(scaling=arm.scaling_among(settings.scaling)) for row in rows]
 
 
 def at_step(steps: list[Step], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
