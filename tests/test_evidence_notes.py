@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from models import tiny_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -207,6 +208,32 @@ def test_arms_run_and_are_reported(folder: Path, tmp_path: Path) -> None:
         evidence(*command, "--hidden-size", 128)
     with pytest.raises(SystemExit, match="the base of recall is trained here"):
         evidence("--task", "recall", *command[2:])
+
+
+def test_a_base_is_taught_before_the_arms(folder: Path, tmp_path: Path) -> None:
+    """By a LoRA that is merged, which the checkpoint's own folder does not see; one that is killed leaves nothing."""
+    base = tmp_path / "bases"
+    command = ["--task", "ledger_taught", "--base", base, "--checkpoint", folder, "--output", tmp_path, "--quick"]
+    command += ["--seeds", 0, "--processes", 1, "--evaluated", 8, "--arms", "base, full cache", "base, windowed"]
+    before = load_file(folder / "model.safetensors")
+    merge = patch("peft.tuners.lora.LoraModel.merge_and_unload", side_effect=KeyboardInterrupt)
+    with merge, pytest.raises(KeyboardInterrupt):
+        evidence(*command)
+    assert not list(base.iterdir())
+    evidence(*command)
+    taught = load_file(base / "ledger_taught" / "model.safetensors")
+    assert all(torch.equal(before[name], x) for name, x in load_file(folder / "model.safetensors").items())
+    changed = {name for name, x in taught.items() if not torch.equal(x, before[name].to(x))}
+    assert changed == {name for name in taught if re.search("[qkvo]_proj", name)}
+    untaught = ["ledger" if word == "ledger_taught" else word for word in command]
+    evidence(*untaught)
+    after, was = (
+        sum(float(row["nll"]) for row in csv.DictReader((tmp_path / name).open()) if row["arm"] == "base, full cache")
+        for name in ("ledger_taught.csv", "ledger.csv")
+    )
+    assert after < was - 0.3
+    said = (tmp_path / "README.md").read_text()
+    assert said.count("Gate: base with full cache") == 1 == said.count("The base is a checkpoint that was not trained")
 
 
 def test_a_table_tells_streams_and_scaling_of_each_row(folder: Path, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@
     python benchmarks/evidence --task recall --quick --output outputs/evidence   # minutes, to see that it runs
     python benchmarks/evidence --report                      # tables and figures from the committed results
 
-A small Llama is trained with a full cache until it solves the task at every distance, and frozen; for the task "notes"
-it is SmolLM2-135M-Instruct, as it is. Every arm then gets the same data in the same order and the same number of steps.
-Rows go to `<output>/<task>.csv` as runs end: runs that are there already are not repeated unless they are asked for by
-name, and a run that was killed goes on from its last evaluation.
+A small Llama is trained with a full cache until it solves the task at every distance, and frozen; for notes and ledgers
+it is SmolLM2-135M-Instruct, as it is, or for "ledger_taught" after it has learned ledgers with its full cache. Every
+arm then gets the same data in the same order and the same number of steps. Rows go to `<output>/<task>.csv` as runs
+end: runs that are there already are not repeated unless they are asked for by name, and a run that was killed goes on
+from its last evaluation.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def base_folder(options: argparse.Namespace) -> Path:
                 f"--hidden-size is of bases that are trained here; that of {options.task} is a checkpoint."
             )
         is_converted = options.checkpoint and (options.checkpoint / "config.json").exists()
-        return options.checkpoint if is_converted else options.base / options.task
+        as_it_is = is_converted and not TASKS[options.task].is_taught
+        return options.checkpoint if as_it_is else options.base / options.task
     if options.checkpoint:
         raise SystemExit(f"--checkpoint is for notes and ledgers; the base of {options.task} is trained here.")
     if options.hidden_size < 64 or options.hidden_size % 64:

@@ -202,8 +202,7 @@ def adapt(
     rank = matched_rank if arm.rank == "matched" else arm.rank or rank
     scaling = arm.scaling or scaling
     if arm.adapter == "lora":
-        lora = LoraConfig(r=rank, lora_alpha=rank * scaling, target_modules=PROJECTIONS)
-        base = inject_adapter_in_model(lora, base)
+        base = inject_adapter_in_model(lora(rank, scaling), base)
     if not arm.windowed:
         return base
     if arm.adapter == "pte":
@@ -216,6 +215,10 @@ def adapt(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return model
+
+
+def lora(rank: int, scaling: float) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=rank * scaling, target_modules=PROJECTIONS)
 
 
 def with_window(base: torch.nn.Module, window_size: int, **settings: Any) -> PeftModel:

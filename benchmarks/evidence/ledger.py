@@ -60,3 +60,14 @@ class Ledger(NotesOfAnyWord):
         evidence_answers += [change.is_number.repeat(people)] * (rounds - 1)
         evidence = torch.cat([sentences.flatten(1) for sentences in before], 1)
         return self.parts(evidence, torch.cat(evidence_answers), asked, change)
+
+
+class TaughtLedger(Ledger):
+    """The same for a base that can keep such accounts while it sees all of them: what is missing is memory alone.
+
+    So a reasoning model stands before its thoughts leave. The checkpoint learns it (LoRA, merged, and then frozen).
+    """
+
+    name = "ledger_taught"
+    is_taught = True
+    settings = Ledger.settings | dict(base_steps=400, steps=300, learning_rate=2e-3)

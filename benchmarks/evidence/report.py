@@ -11,7 +11,7 @@ import torch
 
 from arms import ARMS
 from peft_pte import PTEConfig
-from streams import SymbolTask
+from streams import SymbolTask, Task
 from tasks import TASKS
 
 REFERENCES = ("PTE", "PTE, first design")  # the first that a table has is what the other arms are compared with
@@ -26,7 +26,7 @@ class Results:
     """One CSV file: values by seed of any arm, control, distance and step of training."""
 
     def __init__(self, path: Path):
-        self.name, self.task = path.stem, TASKS[path.stem.split("_")[0]]
+        self.name, self.task = path.stem, task_of(path.stem)
         self.rows = list(csv.DictReader(path.open()))
         given = dict(item.split("=") for item in self.rows[0]["difficulty"].split())
         self.difficulty = {key: int(value) for key, value in given.items()}
@@ -75,6 +75,11 @@ class Results:
         return (length - 1) / (room + carried / (2 * width))
 
 
+def task_of(name: str) -> Task:
+    """Of a table of this name: names of tasks may begin with those of others."""
+    return TASKS[max((task for task in TASKS if f"{name}_".startswith(f"{task}_")), key=len)]
+
+
 def interval(values: torch.Tensor) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of `values` [seeds]."""
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +110,7 @@ def verdict(results: Results) -> str:
     if not all(full) or not far:
         return "Gate: see the table with the base."
     lowest = min(by_seed[0] for by_seed in full)
-    if not isinstance(results.task, SymbolTask):
+    if not isinstance(results.task, SymbolTask) and not results.task.is_taught:
         return verdict_on_checkpoint(results, lowest, far[0])
     valid = lowest >= GATE and far[0] <= results.chance + BLIND
     return (

@@ -74,6 +74,7 @@ class Task(ABC):
     difficulty: dict[str, int]  # defaults of the keyword arguments of `sample` and `chance`
     settings: dict[str, Any] = {}  # where those of training.py are others than usual
     grpo: dict[str, Any] = {}  # where those of rl.py are
+    is_taught = False  # whether a base that comes from a checkpoint learns the task first, with its full cache
     whole_answers = False  # whether a row is right if all its scored tokens are, or each token counts for itself
     matched_rank = 25  # of LoRA with as many trained parameters as PTE has, at the sizes of this task's base
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ledger import Ledger
+from ledger import Ledger, TaughtLedger
 from notes import Notes, NotesOfAnyWord, NotesOfMixedWords
 from streams import Parts, SymbolTask, Task, every, pick, shuffled, symbols
 
@@ -282,5 +282,6 @@ TASKS: dict[str, Task] = {
         NotesOfAnyWord(),
         NotesOfMixedWords(),
         Ledger(),
+        TaughtLedger(),
     )
 }

@@ -9,12 +9,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt
+from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt, lora
 from baselines import slots
 from peft_pte import PTECache, attention_loss, distillation_loss, record_attention
 from peft_pte.cache.schedule import Schedule
@@ -24,6 +26,7 @@ from tasks import TASKS
 from unfinished import Step, Unfinished
 
 TRANSFER_STEPS, TRANSFER_RATE = 4, 3e-3  # on each batch of attention transfer; the learning rate
+TEACHING_RATE, TEACHING_SEED = 1e-3, 3_000_000  # of bases that learn a task first; other streams than those of arms
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Settings:
     distances: tuple[int, ...] = (0, 16, 32, 64, 128, 256)  # in the evaluation
     beyond: tuple[int, ...] = (1024, 4096)  # the same, once at the end, on a quarter of the streams
     num_evaluated: int = 512
-    base_steps: int = 6000  # at most
+    base_steps: int = 6000  # of the base's own training, at most
     difficulty: tuple[tuple[str, int], ...] = ()  # where it is not the task's own
     hidden_size: int = 64  # of the base, if it is trained here
     base_dtype: str = "float32"  # of the frozen base; adapters are float32
@@ -172,8 +175,34 @@ def make_base(settings: Settings, source: Path | None) -> None:
     """Train the base, or make the folder of the checkpoint (from `source` if it is there already)."""
     if isinstance(settings.streams, SymbolTask):
         train_base(settings, settings.streams)
+    elif settings.streams.is_taught:
+        teach_base(settings, source)
     else:
         prepare(settings.base, source)
+
+
+def teach_base(settings: Settings, source: Path | None) -> None:
+    """The checkpoint with a LoRA that has learned the task with the full cache, merged; there once it is complete."""
+    torch.set_num_threads(1)
+    torch.manual_seed(TEACHING_SEED)
+    settings.base.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=settings.base.parent, prefix=".taught-") as part:
+        untaught, taught = Path(part) / "untaught", Path(part) / "taught"
+        if source and (source / "config.json").exists():
+            untaught = source
+        else:
+            prepare(untaught, source)
+        base = AutoModelForCausalLM.from_pretrained(untaught, dtype=settings.base_dtype).to(settings.device)
+        model = get_peft_model(base, lora(settings.rank, settings.scaling))
+        teaching = replace(
+            settings, base=untaught, steps=settings.base_steps, learning_rate=TEACHING_RATE, graphs=False
+        )
+        for step in supervised(model, teaching, TEACHING_SEED, ARMS["LoRA, full cache"]):
+            if step.number % 50 == 0:
+                print(f"base for {settings.task}: step {step.number}, loss {step.loss:.3f}", flush=True)
+        model.merge_and_unload().to(torch.bfloat16).save_pretrained(taught)
+        AutoTokenizer.from_pretrained(untaught).save_pretrained(taught)
+        taught.replace(settings.base)
 
 
 def train_base(settings: Settings, task: SymbolTask) -> None:
