@@ -22,6 +22,7 @@ CORE = [
     "tests/test_training.py",
     "tests/test_roundtrip.py",
     "tests/test_errors.py",
+    "tests/test_errors_of_calls.py",
 ]
 # Of what is tested, for the line that says what is newer.
 WATCHED = ("torch", "transformers", "peft", "accelerate", "trl", "huggingface-hub", "safetensors", "tokenizers")
