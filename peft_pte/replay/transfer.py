@@ -196,8 +196,9 @@ class Recording:
     def finished(self, order: torch.Tensor | None) -> torch.Tensor:
         """The record [B, T, layers, 2, D], tokens where they were before they were put in `order`."""
         if order is not None:
+            columns = order.argsort(dim=1)
             for part in self.parts.flatten(0, 1):
-                part.copy_(gathered(part, order.argsort(dim=1)))
+                part.copy_(gathered(part, columns))
         return self.parts.permute(2, 3, 0, 1, 4)
 
 
