@@ -125,6 +125,12 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(is_trained)
 
 
+def waits_on_host(model: nn.Module) -> bool:
+    """Whether what grows with the sequence is kept in host memory."""
+    policy = policy_of(model)
+    return policy.offload or policy.gradient == "truncated"
+
+
 def base_in_front(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -273,8 +279,7 @@ def sequence_divergence(
             f"`teacher` has shape {tuple(teacher.shape)}, but must be [batch, tokens, hidden size] for `input_ids` of "
             f"{tuple(input_ids.shape)}: what `teacher_states` gives for the same batch."
         )
-    policy = policy_of(model)
-    if torch.is_grad_enabled() and (policy.offload or policy.gradient == "truncated"):
+    if torch.is_grad_enabled() and waits_on_host(model):
         teacher = segments.host_copy(teacher)
     request = DivergenceHead(divergence, float(temperature), teacher, needed)
     del teacher

@@ -26,7 +26,7 @@ from ..host import cache_in
 from ..layer import is_sharded_tensor
 from . import segments
 from .chunks import Results
-from .distillation import base_in_front, compared_columns, policy_of
+from .distillation import base_in_front, compared_columns, waits_on_host
 from .heads import SegmentHead, Task, asked, at_tokens, attachment_in, divided, packed
 from .layout import gathered
 
@@ -200,12 +200,6 @@ class Recording:
             for part in self.parts.flatten(0, 1):
                 part.copy_(gathered(part, columns))
         return self.parts.permute(2, 3, 0, 1, 4)
-
-
-def waits_on_host(model: nn.Module) -> bool:
-    """Whether what grows with the sequence is kept in host memory."""
-    policy = policy_of(model)
-    return policy.offload or policy.gradient == "truncated"
 
 
 def mean_squares(outputs: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
