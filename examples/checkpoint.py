@@ -34,6 +34,11 @@ def prepare(folder: Path, source: Path | None = None) -> None:
         (Path(part) / "converted").replace(folder)
 
 
+def is_converted(checkpoint: Path) -> bool:
+    """Whether it is a folder that `prepare` has made, and not what such a folder is made from."""
+    return (checkpoint / "config.json").exists()
+
+
 def dtype_here(dtype: str) -> str:
     """A dtype for `from_pretrained`; "auto" is float32 on CPUs that multiply bfloat16 many times slower."""
     slow = not torch.cuda.is_available() and "AVX512" not in torch.backends.cpu.get_cpu_capability()

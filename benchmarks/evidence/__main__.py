@@ -30,6 +30,7 @@ from typing import Any
 from arms import ARMS, CANDIDATES, FIRST_DESIGN, MAIN_ARMS
 from oracle import run_oracle
 from report import report
+from shared import is_converted
 from streams import SymbolTask
 from tasks import TASKS
 from training import Settings, make_base, run_arm
@@ -125,8 +126,7 @@ def base_folder(options: argparse.Namespace) -> Path:
             raise SystemExit(
                 f"--hidden-size is of bases that are trained here; that of {options.task} is a checkpoint."
             )
-        is_converted = options.checkpoint and (options.checkpoint / "config.json").exists()
-        as_it_is = is_converted and not TASKS[options.task].is_taught
+        as_it_is = options.checkpoint and is_converted(options.checkpoint) and not TASKS[options.task].is_taught
         return options.checkpoint if as_it_is else options.base / options.task
     if options.checkpoint:
         raise SystemExit(f"--checkpoint is for notes and ledgers; the base of {options.task} is trained here.")

@@ -68,7 +68,8 @@ def run_oracle(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]
         accuracy = (logits.argmax(-1) == answer).float().mean().item()
         nll = F.cross_entropy(logits, answer).item()
         values = dict(accuracy=round(accuracy, 4), nll=round(nll, 4))
-        rows.append(dict(control="", distance=distance, evictions=evictions(stream, task, settings), **values))
+        told = dict(control="", distance=distance, evictions=evictions(stream, task, settings), streams=len(answer))
+        rows.append(told | values)
     about = dict(arm=name, seed=seed, parameters=sum(p.numel() for p in model.parameters()))
     about |= dict(train_loss=round(loss.item(), 4), seconds=round(time.time() - start))
-    return [about | row | dict(step=settings.steps) | about_training(settings) for row in rows]
+    return [about | row | dict(step=settings.steps) | about_training(settings, ARMS[name]) for row in rows]

@@ -10,8 +10,8 @@ sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("examples", 
 
 from captured import CapturedSteps
 
-from checkpoint import dtype_here, prepare
+from checkpoint import dtype_here, is_converted, prepare
 from controls import states_swapped, states_zeroed
 from real_text import paragraphs
 
-__all__ = ["CapturedSteps", "dtype_here", "paragraphs", "prepare", "states_swapped", "states_zeroed"]
+__all__ = ["CapturedSteps", "dtype_here", "is_converted", "paragraphs", "prepare", "states_swapped", "states_zeroed"]

@@ -20,7 +20,7 @@ from arms import ARMS, CONTROLS, EVICTION_RATIO, Arm, adapt, lora
 from baselines import slots
 from peft_pte import PTECache, attention_loss, distillation_loss, record_attention
 from peft_pte.cache.schedule import Schedule
-from shared import CapturedSteps, prepare
+from shared import CapturedSteps, is_converted, prepare
 from streams import Stream, SymbolTask, Task, answers
 from tasks import TASKS
 from unfinished import Step, Unfinished
@@ -188,7 +188,7 @@ def teach_base(settings: Settings, source: Path | None) -> None:
     settings.base.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=settings.base.parent, prefix=".taught-") as part:
         untaught, taught = Path(part) / "untaught", Path(part) / "taught"
-        if source and (source / "config.json").exists():
+        if source and is_converted(source):
             untaught = source
         else:
             prepare(untaught, source)
@@ -379,7 +379,7 @@ def train_and_evaluate(name: str, seed: int, settings: Settings) -> list[dict[st
     about["seconds"] = round(time.time() - start)
     if unfinished:
         unfinished.path.unlink(missing_ok=True)
-    return [about | row | about_training(settings) | dict(scaling=arm.scaling_among(settings.scaling)) for row in rows]
+    return [about | row | about_training(settings, arm) for row in rows]
 
 
 def at_step(steps: list[Step], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -389,10 +389,11 @@ def at_step(steps: list[Step], rows: list[dict[str, Any]]) -> list[dict[str, Any
     return [dict(row, step=steps[-1].number if steps else 0, **about) for row in rows]
 
 
-def about_training(settings: Settings) -> dict[str, Any]:
-    """The settings that a row of results tells."""
+def about_training(settings: Settings, arm: Arm) -> dict[str, Any]:
+    """The settings that a row of results tells; the scaling is the arm's."""
     left_out = {"base", "unfinished", "distances", "beyond", "num_evaluated", "difficulty", "device", "graphs"}
     usual = {"hidden_size", "base_dtype", "distance_step"}  # told where they are other than usual
     left_out |= {field.name for field in fields(settings) if getattr(settings, field.name) == field.default} & usual
     told = {key: value for key, value in asdict(settings).items() if key not in left_out}
-    return told | dict(difficulty=" ".join(f"{key}={value}" for key, value in settings.difficulty))
+    difficulty = " ".join(f"{key}={value}" for key, value in settings.difficulty)
+    return told | dict(scaling=arm.scaling_among(settings.scaling), difficulty=difficulty)
